@@ -1,0 +1,1 @@
+"""Checkpoints on disk: finding them (`locate`), reading them lazily (`read`), writing (`write`)."""

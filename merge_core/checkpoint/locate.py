@@ -1,0 +1,98 @@
+"""From a model reference as written in a recipe to a folder on this machine.
+
+A reference is a local path or a Hub id with an optional `@revision`. Only the files a merge needs
+are downloaded, templates included, through huggingface_hub's own cache and login.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from merge_core.errors import CheckpointError, HubUnreachableError
+
+# The weights last: config and index decide whether they are worth fetching.
+PATTERNS = [
+    "*.json",
+    "*.jinja",
+    "*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "*.tiktoken",
+    "*.py",
+]
+
+
+@cache
+def locate(reference: str) -> Path:
+    """Return the folder that holds the model.
+
+    Raises:
+        CheckpointError: no such folder, or no such repository, or no access to it.
+        HubUnreachableError: the Hub did not answer.
+    """
+    if "+" in reference and not Path(reference).exists():
+        raise CheckpointError(
+            f"model {reference!r} names a LoRA adapter after '+', which cannot be merged yet; "
+            f"merge the adapter into its base first and name the merged folder"
+        )
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"model {reference!r} is a file; name the folder that holds config.json"
+        )
+    name, _, revision = reference.partition("@")
+    if _can_only_be_a_path(name):
+        raise CheckpointError(
+            f"model {reference!r}: no such folder; correct the path (relative paths start at "
+            f"{Path.cwd()})"
+        )
+    return _download(reference, name, revision or None)
+
+
+def _can_only_be_a_path(name: str) -> bool:
+    """Tell paths from Hub ids (`name` or `organisation/name`)."""
+    parts = name.split("/")
+    if name.startswith((".", "~", "/")) or len(parts) > 2 or "" in parts or os.sep != "/":
+        return True
+    return len(parts) == 2 and Path(parts[0]).is_dir()
+
+
+def _download(reference: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"model {reference!r}: no folder of that name here, and on the Hub"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{where} it is gated; accept its terms on its page and log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(
+            f"{where} it has no revision {revision!r}; name a branch, tag or commit that exists"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{where} there is none that you may read; correct the name, or for a private one "
+            f"log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.HFValidationError:
+        raise CheckpointError(
+            f"model {reference!r}: no such folder, and not a Hub id (organisation/name); correct it"
+        ) from None
+    except Exception as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+        if offline or "/" not in name:
+            raise CheckpointError(
+                f"model {reference!r}: no such folder, and not in the Hub's local cache; correct "
+                f"the path or download it first"
+            ) from None
+        raise HubUnreachableError(
+            f"{where} it could not be looked up ({type(error).__name__}: {str(error):.200}); "
+            f"correct the path, or try again with a connection to the Hub"
+        ) from error

@@ -1,0 +1,81 @@
+"""Errors of the merge core: each is a list of faults, and each fault is one readable line.
+
+A fault names the field, its value, the rule it breaks and the repair. Faults are collected and
+raised together, so that a user repairs a file in one go.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+
+class MergeError(Exception):
+    """Base of the merge core's errors; `faults` holds one line a fault."""
+
+    def __init__(self, faults: str | Iterable[str]) -> None:
+        self.faults: list[str] = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.faults,)
+
+
+class RecipeError(MergeError):
+    """The recipe's text is at fault."""
+
+
+class CheckpointError(MergeError):
+    """A model's files are missing, damaged or do not fit the others."""
+
+
+class HubUnreachableError(MergeError):
+    """The Hub did not answer; not the user's fault."""
+
+
+class OutputError(MergeError):
+    """The output folder cannot be written as asked."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which known name `word` is probably meant to be, or list them all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"use one of: {', '.join(names)}"
+
+
+def field_path(loc: Sequence[str | int]) -> str:
+    """Spell a pydantic location as a user would: `models[0].parameters.weight`."""
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path or "file"
+
+
+def schema_faults(error: ValidationError, known_keys: dict[str, Iterable[str]]) -> list[str]:
+    """Turn pydantic's findings into fault lines.
+
+    Args:
+        error: what pydantic raised.
+        known_keys: for each nesting (the path without indices, "" at the top) the keys that
+            exist there, to name the nearest one for an unknown key.
+    """
+    faults = []
+    for item in error.errors(include_url=False):
+        loc, value = item["loc"], item["input"]
+        field = field_path(loc)
+        if item["type"] == "extra_forbidden":
+            place = ".".join(str(part) for part in loc[:-1] if not isinstance(part, int))
+            repair = nearest(str(loc[-1]), known_keys.get(place, ()))
+            faults.append(f"{field}: unknown key {str(loc[-1])!r}; {repair}")
+        elif item["type"] == "missing":
+            faults.append(f"{field} is missing; it is required, add it")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+            faults.append(f"{field} is {shown}; {message[:1].lower() + message[1:]}")
+    return faults

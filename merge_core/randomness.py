@@ -1,0 +1,114 @@
+"""Counter-based random masks: a pure function of names and positions, the same on every device.
+
+Which entries a random method keeps depends only on (random_seed, model reference as written,
+occurrence of that reference, output tensor name, flat index). It does not depend on the order of
+tensors, the chunking, the thread count, the shard layout or the device, and because an entry is
+kept where its fixed u is below the keep probability, masks nest as the density grows.
+
+The hash is version 1 and never changes: exported recipes rely on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HASH_VERSION = 1
+_RANGE = 1 << 31
+
+
+@dataclass(frozen=True)
+class MaskKey:
+    """Names one stream of random numbers: one model's part in one output tensor."""
+
+    random_seed: int
+    model: str
+    occurrence: int
+    tensor: str
+
+    def words(self) -> tuple[int, int]:
+        """Return two 32-bit words, as signed integers, that key the hash."""
+        text = "\x00".join(
+            (
+                f"v{HASH_VERSION}",
+                str(self.random_seed),
+                self.model,
+                str(self.occurrence),
+                self.tensor,
+            )
+        )
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return (
+            int.from_bytes(digest[:4], "little", signed=True),
+            int.from_bytes(digest[4:], "little", signed=True),
+        )
+
+
+def _signed(value: int) -> int:
+    """Wrap an integer to a signed 32-bit one, as torch's int32 arithmetic does."""
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int32 (torch's is arithmetic)."""
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def hash31(key: MaskKey, index: Tensor) -> Tensor:
+    """Hash flat indices to uniform 31-bit integers.
+
+    Three multiply-xorshift rounds (the constants of Wellons' `triple32`,
+    https://nullprogram.com/blog/2018/07/31/), with the key's first word added before the first
+    round and its second word and the index's upper half between rounds, so that the streams of
+    two keys are not shifts or permutations of each other.
+
+    Args:
+        key: which stream.
+        index: int64, shape (n,), flat indices >= 0.
+
+    Returns:
+        int32, shape (n,), in [0, 2**31); u = value / 2**31.
+    """
+    k0, k1 = key.words()
+    x = index.to(torch.int32)
+    x = x.bitwise_xor_(k0) if x is not index else x.bitwise_xor(k0)
+    x ^= _shifted(x, 17)
+    x *= _signed(0xED5AD4BB)
+    x ^= _shifted(x, 11)
+    x += k1
+    if index.numel() and int(index[-1]) >> 32:
+        x += (index >> 32).to(torch.int32) * _signed(0x9E3779B9)
+    x *= _signed(0xAC4C1B51)
+    x ^= _shifted(x, 15)
+    x *= _signed(0x31848BAB)
+    x ^= _shifted(x, 14)
+    return x.bitwise_and_(0x7FFFFFFF)
+
+
+def keep_below(key: MaskKey, index: Tensor, numerator: int, denominator: int) -> Tensor:
+    """Tell where u < numerator / denominator, exactly, in integers.
+
+    Returns:
+        float32, shape (n,): 1 where the entry is kept, else 0 (torch multiplies by floats several
+        times faster than by booleans).
+    """
+    limit = -(-numerator * _RANGE // denominator)
+    if limit >= _RANGE:
+        return torch.ones(index.shape, dtype=torch.float32, device=index.device)
+    # The sign bit of hash - limit, without a comparison: both lie in [0, 2**31).
+    return (hash31(key, index) - limit).bitwise_right_shift_(31).to(torch.float32).neg_()
+
+
+def keep_mask(
+    key: MaskKey, start: int, stop: int, probability: float, device: torch.device
+) -> Tensor:
+    """Draw the Bernoulli mask of entries start..stop-1 of a flattened tensor.
+
+    Returns:
+        float32, shape (stop - start,): 1 where the entry is kept, else 0.
+    """
+    index = torch.arange(start, stop, dtype=torch.int64, device=device)
+    return keep_below(key, index, *probability.as_integer_ratio())

@@ -1,0 +1,105 @@
+"""A live Transformers model whose weights are replaced in place, without building it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from merge_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def build_model(
+    config: dict[str, Any], folder: Path, device: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Build the model that config.json describes, in its dtype, with weights yet to be filled in.
+
+    Args:
+        config: content of config.json.
+        folder: where generation_config.json and remote code, if any, are.
+        device: torch device.
+        trust_remote_code: allow Python files of the folder to run.
+
+    Raises:
+        CheckpointError: Transformers knows no causal language model of this kind.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    try:
+        if "auto_map" in config:
+            parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            parsed.update(config)
+        else:
+            parsed = AutoConfig.for_model(**config)
+        with no_init_weights(), torch.device(device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                parsed, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: Transformers cannot build this model ({error}); use a "
+            f"causal language model that the installed version knows"
+        ) from error
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    # Where lm-eval and users look for the tokenizer.
+    model.config._name_or_path = model.name_or_path = str(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy a stream of checkpoint tensors into the model's parameters, in place.
+
+    Raises:
+        CheckpointError: tensors without a place, of another shape, or places left unfilled.
+    """
+    places = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    prefix = f"{model.base_model_prefix}."
+    filled: set[int] = set()
+    faults = []
+    for name, tensor in stream:
+        place = places.get(name)
+        if place is None:
+            other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            place = places.get(other)
+        if place is None:
+            if not _is_recomputed(name):
+                faults.append(f"tensor {name} has no place in the model built from config.json")
+        elif place.shape != tensor.shape:
+            faults.append(
+                f"tensor {name} is {list(tensor.shape)}; the model built from config.json has "
+                f"{list(place.shape)}"
+            )
+        else:
+            place.copy_(tensor)
+            filled.add(id(place))
+    faults += [
+        f"{name} of the model built from config.json is in no checkpoint tensor"
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in filled
+    ]
+    if faults:
+        shown = faults[:5] + ([f"... and {len(faults) - 5} more"] if len(faults) > 5 else [])
+        raise CheckpointError(
+            "the checkpoint does not fit its config.json: "
+            + "; ".join(shown)
+            + "; use a model whose files belong together"
+        )
+
+
+def _is_recomputed(name: str) -> bool:
+    """Buffers that old checkpoints store and Transformers computes itself."""
+    return name.endswith((".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias"))
