@@ -211,14 +211,10 @@ def _plan_outside(name: str, part: SliceEntry) -> _Planned:
     return _planned(name, part, {source.model: name for source in part.sources}, 0.0)
 
 
-def _plan_layer(
-    name: str, part: SliceEntry, i: int, suffix: str, t: float, sources: Sources
-) -> _Planned:
+def _plan_layer(name: str, part: SliceEntry, i: int, suffix: str, t: float, sources: Sources) -> _Planned:
     """Plan a tensor of the slice's i-th layer; each model names it by its own layer number."""
     names = {
-        source.model: sources.architecture(source.model).layer_name(
-            source.layer_range[0] + i, suffix
-        )
+        source.model: sources.architecture(source.model).layer_name(source.layer_range[0] + i, suffix)
         for source in part.sources
     }
     return _planned(name, part, names, t)
@@ -229,9 +225,7 @@ def _planned(name: str, part: SliceEntry, input_names: Mapping[str, str], t: flo
     inputs = []
     base = None
     for source in part.sources:
-        entry = _Input(
-            source.model, input_names[source.model], source.parameters, seen[source.model]
-        )
+        entry = _Input(source.model, input_names[source.model], source.parameters, seen[source.model])
         seen[source.model] += 1
         if source.model == part.base_model:
             base = entry
@@ -272,9 +266,7 @@ def _check_fit(planned: list[_Planned], sources: Sources) -> None:
         raise CheckpointError(faults)
 
 
-def _merge_one(
-    recipe: Recipe, planned: _Planned, sources: Sources, device: torch.device
-) -> Tensor:
+def _merge_one(recipe: Recipe, planned: _Planned, sources: Sources, device: torch.device) -> Tensor:
     reference = planned.base or planned.inputs[0]
     info = sources.architecture(reference.model).info(reference.name)
     assert info is not None
@@ -330,9 +322,7 @@ def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     """Return config.json of the merged model: the donor's, with layers and dtype as merged."""
     model = sources.architecture(donor(recipe))
     config = dict(model.checkpoint.config)
-    kept = [
-        layer for part in _slices(recipe, sources) for layer in range(*part.sources[0].layer_range)
-    ]
+    kept = [layer for part in _slices(recipe, sources) for layer in range(*part.sources[0].layer_range)]
     config = with_layers(config, kept)
     dtype = recipe.out_dtype or recipe.dtype
     if dtype:

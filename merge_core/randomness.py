@@ -102,9 +102,7 @@ def keep_below(key: MaskKey, index: Tensor, numerator: int, denominator: int) ->
     return (hash31(key, index) - limit).bitwise_right_shift_(31).to(torch.float32).neg_()
 
 
-def keep_mask(
-    key: MaskKey, start: int, stop: int, probability: float, device: torch.device
-) -> Tensor:
+def keep_mask(key: MaskKey, start: int, stop: int, probability: float, device: torch.device) -> Tensor:
     """Draw the Bernoulli mask of entries start..stop-1 of a flattened tensor.
 
     Returns:

@@ -204,9 +204,7 @@ class Recipe(_Part):
                 ]
             for place in missing:
                 at = f"{place}.parameters.{name}" if place else f"parameters.{name}"
-                faults.append(
-                    f"{at} is missing; {method.name} needs it, add {name}: {parameter.example}"
-                )
+                faults.append(f"{at} is missing; {method.name} needs it, add {name}: {parameter.example}")
 
 
 def _check_parameters(
@@ -247,9 +245,7 @@ def _check_count(
     else:
         low, high, count, what = *method.n_models, len(inputs), "in all"
     if count < low or count > high:
-        wanted = (
-            str(low) if low == high else f"at least {low}" if math.isinf(high) else f"{low}-{high}"
-        )
+        wanted = str(low) if low == high else f"at least {low}" if math.isinf(high) else f"{low}-{high}"
         faults.append(
             f"{place} lists {count} models {what}; {method.name} takes {wanted}: "
             f"{'remove some or use another method' if count > high else 'add some'}"
@@ -320,9 +316,7 @@ def load_yaml(path: str | Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "nested too deeply"
-        raise RecipeError(
-            f"{where}: not valid YAML: {problem}; correct the syntax there"
-        ) from None
+        raise RecipeError(f"{where}: not valid YAML: {problem}; correct the syntax there") from None
     if data is None:
         raise RecipeError(f"{path} is empty; it must hold a mapping with `merge_method:`")
     return data

@@ -42,9 +42,7 @@ def locate(reference: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(
-            f"model {reference!r} is a file; name the folder that holds config.json"
-        )
+        raise CheckpointError(f"model {reference!r} is a file; name the folder that holds config.json")
     name, _, revision = reference.partition("@")
     if _can_only_be_a_path(name):
         raise CheckpointError(

@@ -77,9 +77,7 @@ class Checkpoint:
                 f"a Transformers model"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} is not valid JSON ({error}); restore the file"
-            ) from None
+            raise CheckpointError(f"{path} is not valid JSON ({error}); restore the file") from None
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} is not a JSON object; restore the file")
         return config
@@ -92,9 +90,7 @@ class Checkpoint:
             try:
                 files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(
-                    f"{index} is not a valid index ({error!r}); restore it"
-                ) from None
+                raise CheckpointError(f"{index} is not a valid index ({error!r}); restore it") from None
             for file in files:
                 if not isinstance(file, str) or Path(file).name != file:
                     raise CheckpointError(
@@ -155,9 +151,7 @@ def _read_header(reference: str, path: Path) -> dict[str, TensorInfo]:
                 if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            raise CheckpointError(
-                f"{damaged}: its header cannot be read; download it again"
-            ) from None
+            raise CheckpointError(f"{damaged}: its header cannot be read; download it again") from None
     end = max((stop for _, _, stop in entries.values()), default=0)
     if 8 + length + end != size:
         raise CheckpointError(

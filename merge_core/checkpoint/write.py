@@ -32,9 +32,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 
 def has_tokenizer(folder: Path) -> bool:
     """Tell whether a folder holds a tokenizer that Transformers can load."""
-    return any(
-        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    )
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

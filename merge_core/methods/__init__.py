@@ -35,25 +35,19 @@ class Parameter:
             setting = [setting]
         if isinstance(setting, list) and any(isinstance(item, Mapping) for item in setting):
             return [
-                fault
-                for i, item in enumerate(setting)
-                for fault in self._filtered(f"{path}[{i}]", item)
+                fault for i, item in enumerate(setting) for fault in self._filtered(f"{path}[{i}]", item)
             ]
         if isinstance(setting, list):
             if not setting:
                 return [f"{path} is an empty list; give at least one value"]
             return [
-                fault
-                for i, item in enumerate(setting)
-                for fault in self._scalar(f"{path}[{i}]", item)
+                fault for i, item in enumerate(setting) for fault in self._scalar(f"{path}[{i}]", item)
             ]
         return self._scalar(path, setting)
 
     def _filtered(self, path: str, item: Any) -> list[str]:
         if not isinstance(item, Mapping) or "value" not in item or set(item) - {"filter", "value"}:
-            return [
-                f"{path} is {item!r}; an entry of a filter list is {{filter: NAME, value: ...}}"
-            ]
+            return [f"{path} is {item!r}; an entry of a filter list is {{filter: NAME, value: ...}}"]
         return self.faults(f"{path}.value", item["value"])
 
     def _scalar(self, path: str, value: Any) -> list[str]:
@@ -61,11 +55,7 @@ class Parameter:
             if isinstance(value, bool) or value in (0, 1):
                 return []
             return [f"{path} is {value!r}; it must be true or false"]
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return [f"{path} is {value!r}; it must be a finite number"]
         if not self.low <= value <= self.high:
             return [f"{path} is {value}; it must lie in [{self.low:g}, {self.high:g}]"]

@@ -67,9 +67,7 @@ class TensorJob:
     @property
     def work_dtype(self) -> torch.dtype:
         """float32, or float64 as soon as one source is float64."""
-        tensors = [source.tensor for source in self.sources] + (
-            [self.base.tensor] if self.base else []
-        )
+        tensors = [source.tensor for source in self.sources] + ([self.base.tensor] if self.base else [])
         return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

@@ -1,0 +1,1 @@
+"""Search for the values of a merge recipe. Start at `evolve.loop.run`."""

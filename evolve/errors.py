@@ -1,0 +1,69 @@
+"""Errors of the search, named after the boundary that was crossed.
+
+Input errors (`SearchFileError`, `ResumeRefusedError`) end the program before work begins, with one
+line a fault. A `TrialError` is data: the candidate becomes a FAILED trial with its kind and text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from merge_core.errors import MergeError
+
+
+class SearchFileError(MergeError):
+    """The search file, the options or a task is at fault."""
+
+
+class ResumeRefusedError(MergeError):
+    """The storage holds another search than the one asked for."""
+
+
+class StorageError(MergeError):
+    """The storage cannot be reached or holds something else than a study."""
+
+
+class SearchStoppedError(MergeError):
+    """Too many candidates failed, so the search was stopped."""
+
+
+class TrialError(Exception):
+    """A candidate could not be evaluated; `kind` says at which boundary."""
+
+    kind = "unknown"
+
+
+class TrialMergeError(TrialError):
+    """The merge of this candidate failed."""
+
+    kind = "merge"
+
+
+class TrialEngineError(TrialError):
+    """Loading into the engine or running the model failed."""
+
+    kind = "engine"
+
+
+class TrialTaskError(TrialError):
+    """A task's own metric or filter failed, or gave no finite score."""
+
+    kind = "task"
+
+
+class TrialWorkerError(TrialError):
+    """The worker process died, and died again when the candidate was tried again."""
+
+    kind = "worker"
+
+
+@contextmanager
+def boundary(error: type[TrialError], doing: str) -> Iterator[None]:
+    """Attribute any foreign exception to the boundary it crossed; typed ones pass through."""
+    try:
+        yield
+    except TrialError:
+        raise
+    except Exception as foreign:
+        raise error(f"{doing}: {type(foreign).__name__}: {foreign}") from foreign

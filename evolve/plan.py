@@ -1,0 +1,154 @@
+"""Everything a search needs, checked and opened before anything is written or computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from evolve.engines import EngineSettings, resolve_backend, resolve_device
+from evolve.errors import SearchFileError
+from evolve.samplers import resolve_sampler
+from evolve.search_file import SearchFile
+from evolve.space import Space
+from evolve.tasks import TaskSet
+from evolve.workers.worker import Prompting, WorkerSetup
+from merge_core.checkpoint.write import has_tokenizer
+from merge_core.errors import CheckpointError, MergeError
+from merge_core.merge import Sources, donor, merged_config, plan_merge
+from merge_core.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search that can begin.
+
+    Attributes:
+        search_file: with backend and sampler resolved.
+        why_sampler: why `auto` chose the sampler.
+    """
+
+    search_file: SearchFile
+    space: Space
+    tasks: TaskSet
+    sources: Sources
+    start: Recipe
+    setup: WorkerSetup
+    why_sampler: str
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two searches the same one; a resume with another is refused."""
+        settings = self.search_file.as_dict()
+        return {
+            "recipe": self.search_file.template,
+            "tasks": settings["tasks"],
+            "scoring": settings["scoring"],
+            "seed": self.search_file.search.seed,
+            "objective": self.search_file.search.objective,
+            "layer_granularity": self.search_file.search.layer_granularity,
+            "sampler": self.search_file.search.sampler,
+            "checkpoints": {
+                reference: self.sources.architecture(reference).checkpoint.fingerprint()
+                for reference in self.references()
+            },
+        }
+
+    def references(self) -> list[str]:
+        """Every model that some candidate of the space may use."""
+        return _references(self.space)
+
+    def documents(self) -> dict[str, str]:
+        """Say per task how its documents were split."""
+        return {
+            task.key: f"{task.n_documents('search')} search, {task.n_documents('holdout')} holdout, "
+            f"drawn by seed {self.tasks.seed}"
+            for task in self.tasks.tasks
+        }
+
+
+def make_plan(
+    search_file: SearchFile,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_unsafe_code: bool = False,
+) -> Plan:
+    """Check a search file against models, tasks and machine.
+
+    Raises:
+        SearchFileError: with every fault found.
+        HubUnreachableError: a model or data set must be fetched and the Hub does not answer.
+    """
+    sources = Sources()
+    device = resolve_device(device)
+    backend = resolve_backend(search_file.scoring.backend, device)
+
+    def n_layers() -> int:
+        template = search_file.template
+        reference = template.get("base_model") or template["models"][0]["model"]
+        return sources.architecture(reference).n_layers
+
+    try:
+        space = Space(search_file.template, search_file.search.layer_granularity, n_layers)
+    except CheckpointError as error:
+        raise SearchFileError(error.faults) from None
+    sampler, why = resolve_sampler(search_file.search.sampler, space)
+    search_file = search_file.changed(search={"sampler": sampler}, scoring={"backend": backend})
+    start = space.recipe(space.starts())
+    faults = _model_faults(space, start, sources)
+    tasks = None
+    try:
+        tasks = TaskSet(
+            search_file.tasks,
+            search_file.scoring,
+            search_file.search.seed,
+            allow_unsafe_code=allow_unsafe_code,
+        )
+    except SearchFileError as error:
+        faults += error.faults
+    if faults or tasks is None:
+        raise SearchFileError(faults)
+    reference = donor(start)
+    setup = WorkerSetup(
+        backend=backend,
+        engine=EngineSettings(
+            config=merged_config(start, sources),
+            folder=sources.architecture(reference).checkpoint.folder,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            options=search_file.scoring.engine,
+        ),
+        tasks=tuple(search_file.tasks),
+        scoring=search_file.scoring,
+        seed=search_file.search.seed,
+        prompting=Prompting(reference, search_file.scoring.apply_chat_template),
+        allow_unsafe_code=allow_unsafe_code,
+    )
+    return Plan(search_file, space, tasks, sources, start, setup, why)
+
+
+def _model_faults(space: Space, start: Recipe, sources: Sources) -> list[str]:
+    faults = sources.open_all(_references(space))
+    if faults:
+        return faults
+    try:
+        plan_merge(start, sources)
+        config = merged_config(start, sources)
+    except MergeError as error:
+        return list(error.faults)
+    folder = sources.architecture(donor(start)).checkpoint.folder
+    if not has_tokenizer(folder):
+        faults.append(
+            f"model {donor(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
+        )
+    kind = config.get("model_type")
+    if not kind and "auto_map" not in config:
+        faults.append(f"{folder / 'config.json'} has no model_type; use a Transformers model")
+    return faults
+
+
+def _references(space: Space) -> list[str]:
+    starts = space.starts()
+    corners = [starts] + [
+        {**starts, v.name: choice} for v in space.variables for choice in v.choices or ()
+    ]
+    return list(dict.fromkeys(model for values in corners for model in space.recipe(values).references()))

@@ -1,0 +1,219 @@
+"""What the user sees: progress on stderr, the result table, the JSON object."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.table import Table
+
+from evolve.loop import StudyResult
+from evolve.plan import Plan
+from evolve.study import Study
+from evolve.verdict import Interval, Verdict
+from merge_core.recipe import Recipe
+
+# Without a terminal a line is printed at most so often.
+LINE_EVERY_S = 5.0
+
+
+class ProgressLine:
+    """Progress on stderr: candidates done, best so far, the split of seconds, time left."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._began = time.monotonic()
+        self._n_before = 0
+        self._last_line = 0.0
+        self._status = self._console.status("") if self._console.is_terminal else None
+
+    def __call__(self, event: str, study: Study, plan: Plan) -> None:
+        """Show an event of the loop."""
+        trials = study.trials()
+        if event == "starting":
+            self._say(
+                f"{study.name}: {len(plan.space.variables)} variables, sampler "
+                f"{plan.search_file.search.sampler} ({plan.why_sampler}), {plan.tasks.n_documents} search "
+                f"documents a candidate; starting the {plan.setup.backend} engine"
+            )
+        elif event == "started":
+            self._began = time.monotonic()
+            self._n_before = sum(trial.state != TrialState.RUNNING for trial in trials)
+            if self._n_before:
+                self._say(f"resuming after {self._n_before} finished candidates")
+            if self._status:
+                self._status.start()
+        elif event == "told":
+            self._told(trials, plan)
+        elif event == "baseline":
+            self._show("scoring baselines and winner on the holdout", is_due=False)
+        elif event == "verdict" and self._status:
+            self._status.stop()
+
+    def _told(self, trials: list[FrozenTrial], plan: Plan) -> None:
+        done = [trial for trial in trials if trial.state != TrialState.RUNNING]
+        n = plan.search_file.search.n_iterations
+        values = [trial.value for trial in done if trial.value is not None]
+        last = done[-1].user_attrs.get("seconds", {})
+        each = (time.monotonic() - self._began) / max(1, len(done) - self._n_before)
+        self._show(
+            f"{len(done)}/{n} candidates, best {max(values, default=float('nan')):.4f}; last: "
+            f"merge {last.get('merge', 0):.2f} s, load {last.get('load', 0):.2f} s, "
+            f"score {last.get('score', 0):.2f} s; {each * (n - len(done)):.0f} s left",
+            is_due=len(done) == n or time.monotonic() - self._last_line > LINE_EVERY_S,
+        )
+
+    def _show(self, text: str, is_due: bool) -> None:
+        if self._status:
+            self._status.update(text)
+        elif is_due:
+            self._last_line = time.monotonic()
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Take the live line away."""
+        if self._status:
+            self._status.stop()
+
+
+def result_json(result: StudyResult) -> dict[str, Any]:
+    """Return the JSON object of `evolve run --json`."""
+    return study_json(result.study, result.recipe, result.verdict)
+
+
+def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> dict[str, Any]:
+    """Return the state of a study as the JSON contract spells it."""
+    trials = study.trials()
+    states = Counter(trial.state.name for trial in trials if trial.state != TrialState.RUNNING)
+    finished = [trial for trial in trials if trial.state != TrialState.RUNNING]
+    best = study.best()
+    seconds = {
+        part: sum(trial.user_attrs.get("seconds", {}).get(part, 0.0) for trial in finished)
+        for part in ("merge", "load", "score")
+    }
+    is_current = verdict is not None and best is not None and verdict.trial == best.number
+    return {
+        "study": study.name,
+        "n_trials": len(finished),
+        "states": {state: states.get(state, 0) for state in ("COMPLETE", "FAIL", "PRUNED")},
+        "best": None
+        if best is None
+        else {
+            "number": best.number,
+            "objective": best.value,
+            "scores": best.user_attrs["scores"],
+            "holdout": _intervals_json(verdict.holdout) if verdict and is_current else {},
+            "recipe": recipe.as_config() if recipe else None,
+        },
+        "pareto": [] if best is None else [{"number": best.number, "scores": best.user_attrs["scores"]}],
+        "baselines": [
+            {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
+            for b in (verdict.baselines if verdict else [])
+        ],
+        "gain": _gain_json(verdict),
+        "verdict": _text(verdict, is_current),
+        "seconds": {**seconds, "total": study.note("seconds_total") or 0.0},
+        "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished),
+    }
+
+
+def _text(verdict: Verdict | None, is_current: bool) -> str:
+    if verdict is None:
+        return "no verdict yet: the search is not complete"
+    return verdict.text if is_current else f"not yet for the new best; before: {verdict.text}"
+
+
+def _gain_json(verdict: Verdict | None) -> dict[str, Any] | None:
+    if verdict is None or verdict.gain is None:
+        return None
+    return {**asdict(verdict.gain), "over": verdict.over, "shown": verdict.is_shown}
+
+
+def _intervals_json(intervals: dict[str, Interval]) -> dict[str, Any]:
+    return {task: asdict(interval) for task, interval in intervals.items()}
+
+
+def print_result(data: dict[str, Any], folder: str) -> None:
+    """Print the result table, the verdict and how to go on, to stdout."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    best = data["best"]
+    if best is None:
+        console.print("no candidate completed", markup=False)
+        return
+    tasks = list(best["scores"])
+    table = Table(title=f"{data['study']}: scores on holdout documents, with 95% intervals")
+    table.add_column("model")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    rows = [(b["name"], b["holdout"] or b["scores"]) for b in data["baselines"]]
+    rows.append((f"best (trial {best['number']})", best["holdout"] or best["scores"]))
+    for name, scores in rows:
+        table.add_row(name, *(_cell(scores[task]) for task in tasks))
+    if not best["holdout"]:
+        table.title = f"{data['study']}: scores on search documents"
+    console.print(table)
+    states = data["states"]
+    console.print(
+        f"{data['n_trials']} candidates ({states['COMPLETE']} complete, {states['FAIL']} failed), best "
+        f"objective {best['objective']:.4f}; seconds: merge {data['seconds']['merge']:.1f}, load "
+        f"{data['seconds']['load']:.1f}, score {data['seconds']['score']:.1f}, total "
+        f"{data['seconds']['total']:.1f}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(data["verdict"], markup=False, soft_wrap=True)
+    console.print(
+        f"recipe: {folder}/best.yml\nmerge it: evolve merge {folder}/best.yml {folder}/model",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _cell(score: float | dict[str, float]) -> str:
+    if isinstance(score, dict):
+        return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    return f"{score:.3f}"
+
+
+def print_scores(models: list[dict[str, Any]]) -> None:
+    """Print the table of `evolve eval`."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    table = Table()
+    table.add_column("model", overflow="fold")
+    tasks = list(models[0]["scores"]) if models else []
+    for task in tasks:
+        table.add_column(f"{task} ({models[0]['n_documents'][task]})", justify="right")
+    for model in models:
+        table.add_row(model["name"], *(_cell(model["intervals"][task]) for task in tasks))
+    console.print(table)
+
+
+def print_check(plan: Plan) -> None:
+    """Print what a search would do."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    table = Table(title="variables")
+    for column in ("name", "low", "high", "start"):
+        table.add_column(column)
+    for variable in plan.space.variables:
+        if variable.choices is not None:
+            table.add_row(variable.name, ", ".join(map(str, variable.choices)), "", str(variable.start))
+        else:
+            table.add_row(variable.name, f"{variable.low:g}", f"{variable.high:g}", f"{variable.start:g}")
+    console.print(table)
+    for task, split in plan.documents().items():
+        console.print(f"{task}: {split}", markup=False)
+    settings = plan.search_file.search
+    console.print(
+        f"sampler {settings.sampler} ({plan.why_sampler}), {settings.n_iterations} candidates, engine "
+        f"{plan.setup.backend} on {plan.setup.engine.device}; the search can begin",
+        markup=False,
+        soft_wrap=True,
+    )

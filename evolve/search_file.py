@@ -1,0 +1,188 @@
+"""The search file: a merge recipe in which a value may be a range, plus tasks and settings.
+
+Everything outside `tasks`, `search` and `scoring` is the recipe; `evolve.space` turns its ranges
+into variables. This module reads and validates the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from evolve.errors import SearchFileError
+from merge_core.errors import RecipeError, nearest, schema_faults
+from merge_core.recipe import Recipe, load_yaml
+
+SECTIONS = ("tasks", "search", "scoring")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TaskSpec(_Section):
+    """One task that candidates are scored on."""
+
+    name: str
+    metric: str | None = None
+    """`metric` or `metric,filter`; default: the task's first metric and first filter."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share in the weighted sum; positive, the direction is the metric's own."""
+
+
+class SearchSettings(_Section):
+    """How candidates are proposed, and how many."""
+
+    sampler: Literal["auto", "cma", "tpe", "random"] = "auto"
+    objective: Literal["weighted_sum"] = "weighted_sum"
+    n_iterations: int = Field(default=100, ge=1)
+    """Candidates in all, a hard limit."""
+    seed: int = Field(default=0, ge=0)
+    layer_granularity: int = Field(default=0, ge=0)
+    """Layers a group; 0 = off."""
+    racing: Literal["auto", "none"] = "auto"
+    signal: Literal["metric"] = "metric"
+    rounds: Literal[1] = 1
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Stop proposing after so many seconds of this run; finished trials are kept."""
+    max_failed_share: float = Field(default=0.5, gt=0, le=1)
+    """Stop when more than this share of the candidates failed (after the first five)."""
+    constraints: list[Any] = Field(default_factory=list, max_length=0)
+
+
+class ScoringSettings(_Section):
+    """Which documents score a candidate, with which engine."""
+
+    backend: Literal["auto", "hf", "vllm"] = "auto"
+    limit: int | None = Field(default=200, ge=1)
+    """Search documents a task, drawn by seed; null = all."""
+    holdout: float = Field(default=0.5, ge=0)
+    """Documents a task kept for the verdict: below 1 a share, else a count."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    apply_chat_template: bool = False
+    task_paths: list[str] = Field(default_factory=lambda: ["tasks"])
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the engine as it is."""
+
+    @field_validator("holdout")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("below 1 it is a share, from 1 on a whole number of documents")
+        return value
+
+
+class _Settings(_Section):
+    tasks: list[TaskSpec] = Field(default_factory=list)
+    search: SearchSettings = Field(default_factory=SearchSettings)
+    scoring: ScoringSettings = Field(default_factory=ScoringSettings)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _plain_names(cls, value: Any) -> Any:
+        if value is None:
+            return []
+        if isinstance(value, list):
+            return [{"name": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @field_validator("search", "scoring", mode="before")
+    @classmethod
+    def _empty_section(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+_KNOWN_KEYS = {
+    "": _Settings.model_fields,
+    "tasks": TaskSpec.model_fields,
+    "search": SearchSettings.model_fields,
+    "scoring": ScoringSettings.model_fields,
+}
+
+
+class SearchFile:
+    """A parsed search file.
+
+    Attributes:
+        template: the recipe as written, ranges included.
+        tasks: TaskSpecs, in order.
+        search: SearchSettings.
+        scoring: ScoringSettings.
+        name: what the search is called: the file's stem.
+    """
+
+    def __init__(self, data: Mapping[str, Any], name: str = "search") -> None:
+        self.name = name
+        self.template = {key: value for key, value in data.items() if key not in SECTIONS}
+        if "genome" in data:
+            raise SearchFileError(
+                "genome: this is a mergekit-evolve file, which is not read yet; write the recipe "
+                "with ranges in place of numbers instead"
+            )
+        known = {*Recipe.model_fields, *SECTIONS}
+        faults = [
+            f"{key}: unknown key {key!r}; {nearest(str(key), known)}"
+            for key in self.template
+            if key not in known
+        ]
+        if "merge_method" not in data:
+            faults.append("merge_method is missing; it is required, add it")
+        try:
+            settings = _Settings.model_validate({k: data[k] for k in SECTIONS if k in data})
+        except ValidationError as error:
+            faults += schema_faults(error, _KNOWN_KEYS)
+        if faults:
+            raise SearchFileError(faults)
+        self.tasks = settings.tasks
+        self.search = settings.search
+        self.scoring = settings.scoring
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchFile:
+        """Read a search file.
+
+        Raises:
+            SearchFileError: with every fault found.
+        """
+        try:
+            data = load_yaml(path)
+        except RecipeError as error:
+            raise SearchFileError(error.faults) from None
+        if not isinstance(data, Mapping):
+            raise SearchFileError(f"{path} holds {data!r:.60}; it must be a mapping with `merge_method:`")
+        return cls(data, Path(path).stem)
+
+    def changed(
+        self,
+        *,
+        tasks: Sequence[str] = (),
+        search: Mapping[str, Any] | None = None,
+        scoring: Mapping[str, Any] | None = None,
+    ) -> SearchFile:
+        """Return a copy with command-line options applied; None values change nothing.
+
+        `tasks` are added to the file's; one that is there already is not added twice.
+        """
+        data = self.as_dict()
+        named = {task.name for task in self.tasks}
+        data["tasks"] += [{"name": name} for name in dict.fromkeys(tasks) if name not in named]
+        for section, options in (("search", search), ("scoring", scoring)):
+            data[section] |= {k: v for k, v in (options or {}).items() if v is not None}
+        return SearchFile(data, self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the whole file as plain data, defaults spelled out."""
+        return {
+            **self.template,
+            "tasks": [task.model_dump(mode="json") for task in self.tasks],
+            "search": self.search.model_dump(mode="json"),
+            "scoring": self.scoring.model_dump(mode="json"),
+        }
+
+    def to_yaml(self) -> str:
+        """Return the resolved file as YAML text."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=99)

@@ -1,0 +1,301 @@
+"""The record of a search: trials in Optuna's storage, outcomes and recipes in its folder.
+
+One trial is one evaluation of one candidate. A trial is created with its parameters in one storage
+call; its outcomes are on disk before it is told; so whatever is killed, a finished trial is whole
+and an interrupted one stays RUNNING, to be evaluated again under the same number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from evolve.errors import ResumeRefusedError, SearchFileError, StorageError
+from evolve.samplers import Proposal
+from evolve.search_file import SearchFile
+from evolve.tasks import SPLITS, Outcome, Outcomes, Split
+from evolve.workers.worker import Seconds
+from merge_core.checkpoint.write import write_text
+from merge_core.recipe import load_yaml
+
+_FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
+
+
+class Study:
+    """A search's record, opened.
+
+    Attributes:
+        folder: the storage path (`DIR` of the commands).
+        name: the study's name in the storage.
+    """
+
+    def __init__(self, folder: Path, name: str, storage: BaseStorage, study_id: int) -> None:
+        self.folder = folder
+        self.name = name
+        self._storage = storage
+        self._study_id = study_id
+
+    # ---- opening ------------------------------------------------------------------------------
+
+    @classmethod
+    def create_or_resume(
+        cls, folder: Path, url: str | None, search_file: SearchFile, identity: Mapping[str, Any]
+    ) -> Study:
+        """Open the study in `folder`, or make it.
+
+        Args:
+            url: storage other than folder/study.db, such as PostgreSQL.
+            identity: what makes two searches the same one, by topic; JSON.
+
+        Raises:
+            ResumeRefusedError: the storage holds another search.
+            StorageError: the storage cannot be reached.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        name = folder.resolve().name.removesuffix("-search")
+        storage = _open_storage(folder, url)
+        study_id = _find_study(storage, name)
+        if study_id is None:
+            study_id = storage.create_new_study([StudyDirection.MAXIMIZE], name)
+            storage.set_study_user_attr(study_id, "identity", json.dumps(identity))
+        study = cls(folder, name, storage, study_id)
+        study._refuse_other(identity)
+        (folder / "outcomes").mkdir(exist_ok=True)
+        shown = make_url(url).render_as_string(hide_password=True) if url else None
+        write_text(folder / "study.json", json.dumps({"study": name, "storage": shown}) + "\n")
+        write_text(folder / "search.yml", search_file.to_yaml())
+        return study
+
+    @classmethod
+    def open(cls, folder: Path, url: str | None = None) -> Study:
+        """Open an existing study.
+
+        Raises:
+            SearchFileError: the folder holds none.
+            StorageError: the storage cannot be reached.
+        """
+        try:
+            about = json.loads((folder / "study.json").read_text())
+        except (OSError, ValueError):
+            raise SearchFileError(
+                f"DIR is {folder}, which holds no search; name the storage path of an `evolve run`"
+            ) from None
+        storage = _open_storage(folder, url or about["storage"])
+        study_id = _find_study(storage, about["study"])
+        if study_id is None:
+            raise SearchFileError(f"DIR is {folder}; its storage has no study {about['study']!r}")
+        return cls(folder, about["study"], storage, study_id)
+
+    def search_file(self) -> SearchFile:
+        """Return the resolved search file that the study was run with."""
+        data = load_yaml(self.folder / "search.yml")
+        return SearchFile(data, self.name)
+
+    def _refuse_other(self, identity: Mapping[str, Any]) -> None:
+        stored = json.loads(self._storage.get_study_user_attrs(self._study_id).get("identity", "{}"))
+        identity = json.loads(json.dumps(identity))
+        faults = [
+            f"{topic}: the search in {self.folder} has {_short(stored.get(topic))}, this one has "
+            f"{_short(value)}; undo the change or give another --storage-path"
+            for topic, value in identity.items()
+            if stored.get(topic) != value
+        ]
+        if faults:
+            raise ResumeRefusedError(faults)
+
+    # ---- trials -------------------------------------------------------------------------------
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, by number."""
+        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+
+    def begin(
+        self, number: int, proposal: Proposal, distributions: Mapping[str, BaseDistribution]
+    ) -> None:
+        """Create trial `number` as RUNNING, with its parameters, in one call."""
+        template = FrozenTrial(
+            number=-1,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=datetime.now(),
+            datetime_complete=None,
+            params=dict(proposal.values),
+            distributions=dict(distributions),
+            user_attrs={**proposal.attributes, "attempts": 1},
+            system_attrs={},
+            intermediate_values={},
+            trial_id=-1,
+        )
+        trial_id = self._storage.create_new_trial(self._study_id, template)
+        created = self._storage.get_trial_number_from_id(trial_id)
+        if created != number:
+            raise StorageError(
+                f"storage: trial {number} was created as {created}; another `evolve run` writes to this "
+                f"study, wait for it to end"
+            )
+
+    def begin_again(self, number: int) -> None:
+        """Count another attempt of an interrupted trial."""
+        trial = self.trials()[number]
+        attempts = int(trial.user_attrs.get("attempts", 1)) + 1
+        self._storage.set_trial_user_attr(trial._trial_id, "attempts", attempts)
+
+    def complete(
+        self,
+        number: int,
+        objective: float,
+        scores: Mapping[str, float],
+        outcomes: Outcomes,
+        seconds: Seconds,
+    ) -> None:
+        """Tell a trial: outcomes to disk first, then scores, then the state."""
+        save_outcomes(self.outcomes_path(f"trial-{number}"), {"search": outcomes})
+        n_documents = sum(len(values) for values in outcomes.values())
+        self._tell(
+            number,
+            TrialState.COMPLETE,
+            {"scores": dict(scores), "seconds": vars(seconds), "documents": n_documents},
+            objective,
+        )
+
+    def fail(self, number: int, kind: str, text: str, seconds: Seconds) -> None:
+        """Tell a trial as failed, with the boundary it failed at and why."""
+        attributes = {"failure": {"kind": kind, "text": text[:2000]}, "seconds": vars(seconds)}
+        self._tell(number, TrialState.FAIL, attributes, None)
+
+    def _tell(
+        self, number: int, state: TrialState, attributes: Mapping[str, Any], value: float | None
+    ) -> None:
+        trials = self.trials()
+        trial_id = trials[number]._trial_id
+        told = sum(trial.state in _FINISHED for trial in trials)
+        for key, attribute in {**attributes, "told": told}.items():
+            self._storage.set_trial_user_attr(trial_id, key, attribute)
+        values = None if value is None else [value]
+        self._storage.set_trial_state_values(trial_id, state, values)
+
+    def best(self) -> FrozenTrial | None:
+        """The completed trial with the highest objective; of equals the first."""
+        complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
+        return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+
+    # ---- notes and outcomes -------------------------------------------------------------------
+
+    def note(self, key: str) -> Any:
+        """Read a note kept with the study; None where there is none."""
+        text = self._storage.get_study_user_attrs(self._study_id).get(key)
+        return None if text is None else json.loads(text)
+
+    def keep_note(self, key: str, value: Any) -> None:
+        """Keep a note (JSON) with the study."""
+        self._storage.set_study_user_attr(self._study_id, key, json.dumps(value))
+
+    def outcomes_path(self, name: str) -> Path:
+        """Where the outcomes of a trial or baseline are kept."""
+        return self.folder / "outcomes" / f"{name}.parquet"
+
+
+def _open_storage(folder: Path, url: str | None) -> BaseStorage:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    shown = "storage"
+    try:
+        if url is None:
+            return RDBStorage(
+                f"sqlite:///{folder.resolve() / 'study.db'}",
+                engine_kwargs={"connect_args": {"timeout": 60}},
+            )
+        shown = make_url(url).render_as_string(hide_password=True)
+        return RDBStorage(url)
+    except ImportError as error:
+        raise SearchFileError(
+            f"--storage is {shown}; its driver is missing ({error}), install it"
+        ) from error
+    except (SQLAlchemyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StorageError(
+            f"{shown} cannot be opened: {reason:.200}; check that it is reachable"
+        ) from error
+
+
+def _find_study(storage: BaseStorage, name: str) -> int | None:
+    try:
+        return storage.get_study_id_from_name(name)
+    except KeyError:
+        return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
+    """Write outcomes as parquet, one row a document and task, renamed into place.
+
+    Columns: split, task, leaf, document, value (a number) or detail (JSON, where lm-eval keeps
+    more than a number).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "split": split,
+            "task": task,
+            "leaf": outcome.leaf,
+            "document": outcome.document,
+            "value": float(outcome.value) if _is_number(outcome.value) else None,
+            "detail": None if _is_number(outcome.value) else json.dumps(outcome.value, default=_plain),
+        }
+        for split, by_task in outcomes.items()
+        for task, values in by_task.items()
+        for outcome in values
+    ]
+    schema = pa.schema(
+        [
+            ("split", pa.string()),
+            ("task", pa.string()),
+            ("leaf", pa.string()),
+            ("document", pa.int64()),
+            ("value", pa.float64()),
+            ("detail", pa.string()),
+        ]
+    )
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
+    part.replace(path)
+
+
+def load_outcomes(path: Path) -> dict[Split, Outcomes]:
+    """Read what `save_outcomes` wrote."""
+    import pyarrow.parquet as pq
+
+    found: dict[Split, Outcomes] = {split: {} for split in SPLITS}
+    for row in pq.read_table(path).to_pylist():
+        value = row["value"] if row["detail"] is None else json.loads(row["detail"])
+        outcome = Outcome(row["leaf"], row["document"], value)
+        found[row["split"]].setdefault(row["task"], []).append(outcome)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    import numbers
+
+    return isinstance(value, numbers.Real)
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy's scalars and arrays into JSON's."""
+    return value.tolist()

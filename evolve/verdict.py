@@ -1,0 +1,267 @@
+"""The verdict: what the winner gained over the best baseline, on documents the search never saw.
+
+Intervals are 95% percentile bootstrap over documents, paired: the same resampled documents for
+both models. For 0/1 outcomes a resample also holds two made-up documents, one that only the winner
+gets right and one that only the baseline does (Agresti and Min 2005,
+https://doi.org/10.1002/sim.1781), so that a handful of equal documents cannot claim certainty.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evolve.tasks import Outcome, Outcomes, ScoredTask, TaskSet
+from evolve.workers.worker import Job, Prompting
+from merge_core.checkpoint.locate import locate
+from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
+from merge_core.merge import donor, model_alone
+from merge_core.recipe import Recipe
+
+N_RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A recipe the winner must beat, and what it scored."""
+
+    name: str
+    scores: dict[str, float]
+    holdout: dict[str, Interval]
+    holdout_objective: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner against the baselines.
+
+    `gain` is None where there is no holdout or no baseline.
+    """
+
+    trial: int
+    holdout: dict[str, Interval]
+    baselines: list[Baseline]
+    gain: Interval | None
+    over: str | None
+    text: str
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the gain's interval lies above zero."""
+        return self.gain is not None and self.gain.low > 0
+
+    @classmethod
+    def recalled(cls, data: Mapping[str, Any]) -> Verdict:
+        """Rebuild a verdict from what `asdict` made of it."""
+
+        def intervals(by_task: Mapping[str, Any]) -> dict[str, Interval]:
+            return {task: Interval(**interval) for task, interval in by_task.items()}
+
+        baselines = [
+            Baseline(**{**baseline, "holdout": intervals(baseline["holdout"])})
+            for baseline in data["baselines"]
+        ]
+        gain = Interval(**data["gain"]) if data["gain"] else None
+        return cls(data["trial"], intervals(data["holdout"]), baselines, gain, data["over"], data["text"])
+
+
+def baseline_jobs(start: Recipe, prompting: Prompting) -> list[Job]:
+    """List the baselines: each model alone, the plain average, the recipe at its starts.
+
+    A model alone is asked as the merge will be, and also as its owner would ask it where that
+    differs.
+    """
+    references = start.references()
+    jobs = []
+    for reference in references:
+        own = Prompting(reference, _has_chat_template(reference))
+        promptings = (prompting,) if _same_prompts(own, prompting) else (prompting, own)
+        jobs.append(Job(reference, "baseline", model_alone(reference, start), (), promptings))
+    others = [reference for reference in references if reference != start.base_model]
+    averaged = others if len(others) > 1 else references
+    if len(averaged) > 1:
+        recipe = Recipe.parse(
+            {
+                "merge_method": "linear",
+                "base_model": donor(start),
+                "models": [{"model": model, "parameters": {"weight": 1.0}} for model in averaged],
+                "dtype": start.dtype,
+                "out_dtype": start.out_dtype,
+            }
+        )
+        jobs.append(Job("average", "baseline", recipe, (), (prompting,)))
+    jobs.append(Job("starts", "baseline", start, (), (prompting,)))
+    return jobs
+
+
+def _has_chat_template(reference: str) -> bool:
+    folder = locate(reference)
+    config = folder / "tokenizer_config.json"
+    return (
+        (folder / "chat_template.jinja").is_file()
+        or (folder / "chat_template.json").is_file()
+        or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8"))
+    )
+
+
+def _same_prompts(one: Prompting, other: Prompting) -> bool:
+    """Tell whether two ways of prompting give the same requests."""
+    if one.apply_chat_template != other.apply_chat_template:
+        return False
+    a, b = locate(one.tokenizer), locate(other.tokenizer)
+    return all(
+        ((a / file).read_bytes() if (a / file).is_file() else b"")
+        == ((b / file).read_bytes() if (b / file).is_file() else b"")
+        for file in (*TOKENIZER_FILES, *TEMPLATE_FILES)
+    )
+
+
+def score_interval(task: ScoredTask, outcomes: Sequence[Outcome], seed: int) -> Interval:
+    """Return a task's score with its interval: Wilson's for 0/1 outcomes, else bootstrap."""
+    value = task.score(outcomes)
+    if task.is_mean and task.weight_by_size is not False and _is_binary(outcomes):
+        from scipy.stats import binomtest
+
+        n_right = round(sum(float(outcome.value) for outcome in outcomes))
+        bounds = binomtest(n_right, len(outcomes)).proportion_ci(LEVEL, method="wilson")
+        return Interval(value, float(bounds.low), float(bounds.high))
+    samples = _resampled_scores(task, [outcomes], np.random.default_rng(seed))[0]
+    return Interval(value, *_percentiles(samples))
+
+
+def gain_interval(tasks: TaskSet, winner: Outcomes, baseline: Outcomes) -> Interval:
+    """Return the winner's objective minus the baseline's, with its paired interval.
+
+    Args:
+        winner, baseline: outcomes of the same documents, in the same order.
+    """
+    value = tasks.objective(tasks.scores(winner)) - tasks.objective(tasks.scores(baseline))
+    rng = np.random.default_rng(tasks.seed)
+    samples = np.zeros(N_RESAMPLES)
+    for task in tasks.tasks:
+        samples += (
+            task.sign * task.weight * _resampled_gains(task, winner[task.key], baseline[task.key], rng)
+        )
+    return Interval(value, *_percentiles(samples))
+
+
+def _resampled_gains(
+    task: ScoredTask,
+    winner: Sequence[Outcome],
+    baseline: Sequence[Outcome],
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Return N_RESAMPLES differences of one task's score; shape (N_RESAMPLES,)."""
+    if not task.is_mean:
+        won, lost = _resampled_scores(task, [winner, baseline], rng)
+        return won - lost
+    difference = _contributions(task, winner) - _contributions(task, baseline)
+    if _is_binary(winner) and _is_binary(baseline):
+        difference = np.concatenate([difference, [1.0, -1.0]])
+    n = len(difference)
+    return np.array([difference[rng.integers(0, n, n)].mean() for _ in range(N_RESAMPLES)])
+
+
+def _contributions(task: ScoredTask, outcomes: Sequence[Outcome]) -> np.ndarray:
+    """Scale each document's value so that the task's score is the plain mean; shape (n,)."""
+    values = np.array([float(outcome.value) for outcome in outcomes])
+    if task.weight_by_size is not False:
+        return values
+    sizes: dict[str, int] = defaultdict(int)
+    for outcome in outcomes:
+        sizes[outcome.leaf] += 1
+    n, n_leaves = len(outcomes), len(sizes)
+    return values * np.array([n / (n_leaves * sizes[outcome.leaf]) for outcome in outcomes])
+
+
+def _resampled_scores(
+    task: ScoredTask, sides: Sequence[Sequence[Outcome]], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Score resampled documents with the task's own aggregation, the same documents a side."""
+    samples = [np.empty(N_RESAMPLES) for _ in sides]
+    by_leaf: dict[str, list[int]] = defaultdict(list)
+    for i, outcome in enumerate(sides[0]):
+        by_leaf[outcome.leaf].append(i)
+    for b in range(N_RESAMPLES):
+        drawn = [i for members in by_leaf.values() for i in rng.choice(members, len(members))]
+        for side, sample in zip(sides, samples, strict=True):
+            sample[b] = task.score([side[i] for i in drawn])
+    return samples
+
+
+def _is_binary(outcomes: Sequence[Outcome]) -> bool:
+    return all(outcome.value in (0, 1) for outcome in outcomes)
+
+
+def _percentiles(samples: np.ndarray) -> tuple[float, float]:
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(samples, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def conclude(
+    tasks: TaskSet,
+    trial: int,
+    winner: Outcomes,
+    baselines: Mapping[str, Mapping[str, Outcomes]],
+) -> Verdict:
+    """Compare the winner with the best baseline on the holdout.
+
+    Args:
+        trial: the winner's number.
+        winner: its holdout outcomes; empty without a holdout.
+        baselines: by name the outcomes of each split.
+    """
+    has_holdout = any(winner.values())
+    measured = []
+    for name, outcomes in baselines.items():
+        holdout = outcomes["holdout"] if has_holdout else {}
+        measured.append(
+            Baseline(
+                name,
+                tasks.scores(outcomes["search"]),
+                _intervals(tasks, holdout),
+                tasks.objective(tasks.scores(holdout)) if has_holdout else None,
+            )
+        )
+    if not has_holdout:
+        return Verdict(trial, {}, measured, None, None, "no gain shown: no holdout")
+    if not measured:
+        text = "no gain shown: no baseline could be scored"
+        return Verdict(trial, _intervals(tasks, winner), [], None, None, text)
+    best = max(measured, key=lambda baseline: baseline.holdout_objective or 0.0)
+    gain = gain_interval(tasks, winner, baselines[best.name]["holdout"])
+    text = _sentence(tasks, gain, best, winner)
+    return Verdict(trial, _intervals(tasks, winner), measured, gain, best.name, text)
+
+
+def _intervals(tasks: TaskSet, outcomes: Outcomes) -> dict[str, Interval]:
+    return {
+        task.key: score_interval(task, outcomes[task.key], tasks.seed)
+        for task in tasks.tasks
+        if outcomes.get(task.key)
+    }
+
+
+def _sentence(tasks: TaskSet, gain: Interval, best: Baseline, winner: Outcomes) -> str:
+    n = sum(len(outcomes) for outcomes in winner.values())
+    what = "the weighted sum" if len(tasks.tasks) > 1 else tasks.tasks[0].key
+    numbers = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] in {what} over {best.name!r}"
+    where = f"on {n} holdout documents, at 95% certainty"
+    if gain.low > 0:
+        return f"gain shown: {numbers} {where}"
+    return f"no gain shown: {numbers} {where}; the interval includes zero"

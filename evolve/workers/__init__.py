@@ -1,0 +1,26 @@
+"""Workers: who evaluates candidates. `local` is this process, `ray` are actors in others.
+
+Both hold a `Worker` and offer the same pool interface: submit jobs, wait for results.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from evolve.workers.worker import Job, Result
+
+
+class Pool(Protocol):
+    """Evaluates jobs, several at a time."""
+
+    size: int
+    """How many jobs can be under way at once."""
+
+    def submit(self, job: Job) -> None:
+        """Start a job; at most `size` may be pending."""
+
+    def wait(self) -> Result:
+        """Return the next finished job's result, whichever it is."""
+
+    def close(self) -> None:
+        """Release processes and memory."""

@@ -1,0 +1,28 @@
+"""The pool of one worker in this process: no Ray, the default."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from evolve.workers.worker import Job, Result, Worker
+
+
+class LocalPool:
+    """Evaluates one job at a time, when it is waited for."""
+
+    size = 1
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._jobs: deque[Job] = deque()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job."""
+        self._jobs.append(job)
+
+    def wait(self) -> Result:
+        """Evaluate the oldest job."""
+        return self._worker.evaluate(self._jobs.popleft())
+
+    def close(self) -> None:
+        """Nothing to release: the process owns it all."""

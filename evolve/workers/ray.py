@@ -1,0 +1,107 @@
+"""The pool of Ray actors: one Worker a process, on this machine or a cluster.
+
+No barrier: a free actor takes the next job at once. An actor that dies is replaced, and its job is
+tried again, at most twice.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from evolve.errors import TrialWorkerError
+from evolve.workers.worker import Job, Result, Worker, WorkerSetup
+
+MAX_RETRIES = 2
+
+
+class RayPool:
+    """`size` workers in processes of their own.
+
+    Args:
+        setup: what each worker starts with.
+        size: how many workers.
+        gpus_per_worker: GPUs each one gets.
+        address: an existing cluster's, or None to start one here.
+    """
+
+    def __init__(
+        self, setup: WorkerSetup, size: int, gpus_per_worker: float = 0, address: str | None = None
+    ) -> None:
+        self.size = size
+        self._setup = setup
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+            ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        n_cpus = int(ray.cluster_resources().get("CPU", 1))
+        cpus = max(1, n_cpus // size)
+        if n_cpus < size * cpus or ray.cluster_resources().get("GPU", 0) < size * gpus_per_worker:
+            have = f"{n_cpus} CPUs, {ray.cluster_resources().get('GPU', 0):g} GPUs"
+            self.close()
+            raise TrialWorkerError(
+                f"--workers {size} needs {size * cpus} CPUs and {size * gpus_per_worker:g} GPUs; the "
+                f"cluster has {have}, use fewer workers"
+            )
+        # Disjoint cores: two thread pools on one core are slower than one.
+        self._actor_class = ray.remote(
+            num_cpus=cpus,
+            num_gpus=gpus_per_worker,
+            max_restarts=0,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
+        )(_Actor)
+        self._free = [self._start() for _ in range(size)]
+        self._pending: dict[Any, tuple[Job, Any, int]] = {}
+
+    def _start(self) -> Any:
+        return self._actor_class.remote(self._setup, os.getcwd())
+
+    def submit(self, job: Job) -> None:
+        """Give a job to a free worker."""
+        self._submit(job, self._free.pop(), attempt=0)
+
+    def _submit(self, job: Job, actor: Any, attempt: int) -> None:
+        self._pending[actor.evaluate.remote(job)] = (job, actor, attempt)
+
+    def wait(self) -> Result:
+        """Return the next finished job's result."""
+        while True:
+            (ready,), _ = ray.wait(list(self._pending), num_returns=1)
+            job, actor, attempt = self._pending.pop(ready)
+            try:
+                result: Result = ray.get(ready)
+            except ray.exceptions.RayActorError as error:
+                if isinstance(error, ray.exceptions.ActorDiedError) and "__init__" in str(error):
+                    raise
+                if attempt < MAX_RETRIES:
+                    self._submit(job, self._start(), attempt + 1)
+                    continue
+                self._free.append(self._start())
+                text = f"the worker died {attempt + 1} times while evaluating this candidate"
+                return Result(job, failure=(TrialWorkerError.kind, text))
+            self._free.append(actor)
+            # The job came back through another process: hand out the caller's own.
+            return replace(result, job=job)
+
+    def close(self) -> None:
+        """Stop the actors, and Ray where it was started here."""
+        if self._owns_ray:
+            ray.shutdown()
+
+
+class _Actor:
+    """The actor's body: a Worker with the threads its cores allow."""
+
+    def __init__(self, setup: WorkerSetup, working_directory: str) -> None:
+        os.chdir(working_directory)
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self._worker = Worker(setup)
+
+    def evaluate(self, job: Job) -> Result:
+        """Evaluate one job."""
+        return self._worker.evaluate(job)

@@ -1,0 +1,162 @@
+"""What one worker does: merge a recipe into its engine, have the documents answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from evolve.engines import Engine, EngineSettings, start_engine
+from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundary
+from evolve.search_file import ScoringSettings, TaskSpec
+from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
+from merge_core.checkpoint.locate import locate
+from merge_core.merge import Sources, merged_tensors
+from merge_core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a model is asked: whose tokenizer, and whether its chat template is applied."""
+
+    tokenizer: str
+    apply_chat_template: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe to be scored.
+
+    Attributes:
+        name: what the result is filed under: a trial's number, a baseline's name.
+        kind: which of the loop's questions this answers.
+        recipe: what to merge.
+        splits: on which documents.
+        promptings: each is scored by itself; weights are loaded once.
+    """
+
+    name: str
+    kind: Literal["trial", "baseline", "winner"]
+    recipe: Recipe
+    splits: tuple[Split, ...]
+    promptings: tuple[Prompting, ...]
+
+
+@dataclass
+class Seconds:
+    """Where a candidate's time went."""
+
+    merge: float = 0.0
+    load: float = 0.0
+    score: float = 0.0
+
+
+@dataclass
+class Result:
+    """Outcomes by prompting and split, or what failed.
+
+    `failure` is (kind, text) of a TrialError.
+    """
+
+    job: Job
+    outcomes: dict[Prompting, dict[Split, Outcomes]] = field(default_factory=dict)
+    seconds: Seconds = field(default_factory=Seconds)
+    failure: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """Everything a worker needs to start, in any process; picklable.
+
+    Attributes:
+        backend: "hf" or "vllm".
+        engine: how to start it.
+        tasks, scoring, seed: give the same TaskSet, and so the same documents, everywhere.
+        prompting: the merge's own; its requests are built at the start.
+    """
+
+    backend: str
+    engine: EngineSettings
+    tasks: tuple[TaskSpec, ...]
+    scoring: ScoringSettings
+    seed: int
+    prompting: Prompting
+    allow_unsafe_code: bool = False
+    everything: bool = False
+
+
+class Worker:
+    """An engine, the open sources and the request banks of one process.
+
+    Args:
+        setup: see WorkerSetup.
+        tasks, sources: reused where the caller has them already.
+    """
+
+    def __init__(
+        self, setup: WorkerSetup, tasks: TaskSet | None = None, sources: Sources | None = None
+    ) -> None:
+        self.setup = setup
+        self.tasks = tasks or TaskSet(
+            setup.tasks,
+            setup.scoring,
+            setup.seed,
+            allow_unsafe_code=setup.allow_unsafe_code,
+            everything=setup.everything,
+        )
+        self.sources = sources or Sources()
+        self.engine: Engine = start_engine(setup.backend, setup.engine)
+        self._banks: dict[Prompting, RequestBank] = {}
+        self._bank(setup.prompting)
+
+    def _bank(self, prompting: Prompting) -> RequestBank:
+        if prompting not in self._banks:
+            lm = self.engine.lm(Path(locate(prompting.tokenizer)))
+            self._banks[prompting] = RequestBank(self.tasks, lm, prompting.apply_chat_template)
+        return self._banks[prompting]
+
+    def evaluate(self, job: Job) -> Result:
+        """Merge, load and score; a failure is part of the result, never raised."""
+        result = Result(job)
+        seconds = result.seconds
+        try:
+            began = time.perf_counter()
+            with boundary(TrialEngineError, "loading the merged weights"):
+                stream = self._merge(job.recipe, seconds)
+                self.engine.load(stream)
+            seconds.load = time.perf_counter() - began - seconds.merge
+            began = time.perf_counter()
+            for prompting in job.promptings:
+                with boundary(TrialEngineError, "answering the requests"):
+                    bank = self._bank(prompting)
+                    result.outcomes[prompting] = {split: bank.answer(split) for split in job.splits}
+            seconds.score = time.perf_counter() - began
+            for by_split in result.outcomes.values():
+                for outcomes in by_split.values():
+                    self.tasks.scores(outcomes)
+        except TrialError as error:
+            result.outcomes = {}
+            result.failure = (error.kind, str(error))
+        return result
+
+    def _merge(self, recipe: Recipe, seconds: Seconds) -> Iterator[tuple[str, Tensor]]:
+        """Time the merge apart from the loading that consumes it."""
+        began = time.perf_counter()
+        with boundary(TrialMergeError, "merging"):
+            stream: Iterable[tuple[str, Tensor]] = merged_tensors(
+                recipe, self.sources, device=self.setup.engine.device
+            )
+            stream = iter(stream)
+        while True:
+            with boundary(TrialMergeError, "merging"):
+                item = next(stream, None)
+            seconds.merge += time.perf_counter() - began
+            if item is None:
+                return
+            yield item
+            began = time.perf_counter()
