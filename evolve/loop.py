@@ -89,6 +89,7 @@ def run(
     )
     study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
     study.keep_note("documents", plan.documents())
+    study.keep_note("n_layers", plan.n_layers)
     if (kept := _kept_verdict(study, plan)) is not None:
         return _result(study, plan, kept, was_complete=True)
     progress("starting", study, plan)

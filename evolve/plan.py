@@ -52,6 +52,11 @@ class Plan:
             },
         }
 
+    @property
+    def n_layers(self) -> int:
+        """Layers of the donor, which `layer_granularity` divides."""
+        return self.sources.architecture(donor(self.start)).n_layers
+
     def references(self) -> list[str]:
         """Every model that some candidate of the space may use."""
         return _references(self.space)

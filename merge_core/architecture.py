@@ -44,7 +44,7 @@ class Architecture:
             found = split_layer(name)
             if found and found[0] == self.prefix:
                 layers.setdefault(found[1], []).append(found[2])
-            elif _is_embedding(name):
+            elif is_embedding(name):
                 self.before.append(name)
             else:
                 self.after.append(name)
@@ -65,7 +65,7 @@ class Architecture:
     def _used_names(self) -> list[str]:
         """Tensor names in layer order, without an output head that a tied model also stored."""
         names = list(self.checkpoint.tensors)
-        if self.ties_embeddings and any(_is_embedding(name) for name in names):
+        if self.ties_embeddings and any(is_embedding(name) for name in names):
             names = [name for name in names if not _is_head(name)]
         return names
 
@@ -82,7 +82,8 @@ def _is_head(name: str) -> bool:
     return any(name.startswith(head) or f".{head}" in name for head in _HEADS)
 
 
-def _is_embedding(name: str) -> bool:
+def is_embedding(name: str) -> bool:
+    """Tell whether a tensor outside the layers belongs to the input: token or position embeddings."""
     return not _is_head(name) and any(word in name for word in _EMBEDDINGS)
 
 
