@@ -14,23 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 
-from merge_core.errors import HubUnreachableError, MergeError, OutputError, RecipeError
+from evolve.errors import PausedError, SearchStoppedError, StorageError, TrialError
+from merge_core.errors import HubUnreachableError, MergeError, RecipeError
 
 if TYPE_CHECKING:
-    from evolve.plan import Plan
     from evolve.study import Study
     from evolve.verdict import Verdict
 
 MAX_FAULTS = 20
 EXIT_OTHER, EXIT_INPUT, EXIT_PAUSED = 1, 2, 130
+_NOT_THE_INPUT = (HubUnreachableError, StorageError, SearchStoppedError)
 
 app = typer.Typer(
     name="evolve",
     help="Find the numbers in a merge recipe by search, and tell the truth about the gain.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -347,7 +346,7 @@ def _end(faults: list[str], status: int) -> NoReturn:
 def _pause(signum: int, frame: Any) -> NoReturn:
     # A second signal stops at once.
     signal.signal(signum, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    raise PausedError
 
 
 def main() -> None:
@@ -355,23 +354,22 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _pause)
     signal.signal(signal.SIGINT, _pause)
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Abort:
+        status = app(standalone_mode=False)
+    except typer.Abort:
         _end(["interrupted"], EXIT_PAUSED)
-    except click.ClickException as error:
-        _end([error.format_message()], EXIT_INPUT)
-    except click.exceptions.Exit as error:
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except PausedError:
         _say("paused; everything finished is recorded, run the same command again to go on")
         raise SystemExit(EXIT_PAUSED) from None
-    except (HubUnreachableError, OutputError) as error:
-        _end(error.faults, EXIT_INPUT if isinstance(error, OutputError) else EXIT_OTHER)
     except MergeError as error:
-        from evolve.errors import SearchStoppedError, StorageError
-
-        is_input = not isinstance(error, StorageError | SearchStoppedError)
-        _end(error.faults, EXIT_INPUT if is_input else EXIT_OTHER)
+        _end(error.faults, EXIT_OTHER if isinstance(error, _NOT_THE_INPUT) else EXIT_INPUT)
+    except TrialError as error:
+        _end([str(error)], EXIT_OTHER)
+    except Exception as error:
+        # Typer's usage errors; it carries its own copy of click, so they are known by their method.
+        if not hasattr(error, "format_message"):
+            raise
+        _end([error.format_message()], EXIT_INPUT)
+    raise SystemExit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

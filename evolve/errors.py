@@ -28,6 +28,10 @@ class SearchStoppedError(MergeError):
     """Too many candidates failed, so the search was stopped."""
 
 
+class PausedError(BaseException):
+    """SIGINT or SIGTERM asked for a pause; no failure of a candidate, so nothing may catch it."""
+
+
 class TrialError(Exception):
     """A candidate could not be evaluated; `kind` says at which boundary."""
 

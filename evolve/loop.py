@@ -78,7 +78,7 @@ def run(
     Raises:
         SearchFileError, ResumeRefusedError: the input is at fault; nothing was written.
         SearchStoppedError: too many candidates failed.
-        KeyboardInterrupt: paused; everything finished is recorded.
+        PausedError: a signal asked for a pause; everything finished is recorded.
     """
     began = time.monotonic()
     plan = make_plan(

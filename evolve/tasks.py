@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -263,16 +264,21 @@ def _load(
         ]
     paths = [path.resolve() for path in paths if path.is_dir()]
     manager = TaskManager(include_path=paths, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        # Reading lm-eval's own 14,000 names takes seconds, so only where one is asked for.
-        manager = TaskManager(include_path=paths, include_defaults=True)
+    missing = [name for name in names if name not in manager.all_tasks]
+    known: Iterable[str] = manager.all_tasks
+    if missing:
+        known = {*known, *_names_in_lm_eval()}
+        # Parsing lm-eval's own 14,000 files takes seconds, so only where one of them is asked for.
+        if any(name in known for name in missing):
+            manager = TaskManager(include_path=paths, include_defaults=True)
+            known = manager.all_tasks
     loaded: dict[str, _Loaded] = {}
     for i, name in enumerate(names):
-        if name not in manager.all_tasks:
+        if name not in known or name not in manager.all_tasks:
             folders = ", ".join(str(path) for path in scoring.task_paths)
             faults.append(
                 f"tasks[{i}].name is {name!r}; neither lm-eval nor the task paths ({folders}) have "
-                f"such a task; {_near_task(name, manager.all_tasks)}"
+                f"such a task; {_near_task(name, known)}"
             )
             continue
         if name in manager.all_tags:
@@ -302,6 +308,19 @@ def _load(
             _set_fewshot(task, scoring.num_fewshot)
         loaded[name] = _Loaded(leaves, group)
     return loaded
+
+
+def _names_in_lm_eval() -> set[str]:
+    """Scan lm-eval's own files for what may be a task's or group's name, without parsing them."""
+    import lm_eval.tasks
+
+    key = r"""["']?(?:task|group|tag)["']?\s*:"""
+    named = re.compile(rf"""^\s*(?:-\s+)?(?:{key}|-)[ \t]*["']?([^\s"'\[\]{{}}#]+)""", re.M)
+    found: set[str] = set()
+    for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        found.update(named.findall(text))
+    return found
 
 
 def _near_task(name: str, known: Iterable[str]) -> str:

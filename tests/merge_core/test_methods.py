@@ -165,10 +165,7 @@ def test_models_equal_to_the_base_return_the_base(merge_one, method, dtype):
 @pytest.mark.parametrize("parallel", [False, True], ids=["apart", "parallel"])
 def test_slerp_ends_at_its_models_bit_for_bit(merge_one, dtype, parallel):
     base, (x,) = random_tensors(1, dtype)
-    if parallel:
-        x = base * 2
-    else:
-        x = x.flip(0)
+    x = base * 2 if parallel else x.flip(0)
     assert torch.equal(merge_one("slerp", base, [(x, {})], t=0.0), base)
     assert torch.equal(merge_one("slerp", base, [(x, {})], t=1.0), x)
 

@@ -68,6 +68,11 @@ def test_a_gradient_of_booleans_steps(t, expected):
     assert value_at([True, False, True], MLP, t) is expected
 
 
+@pytest.mark.parametrize(("t", "expected"), [(0.0, False), (0.5, False), (1.0, True)], ids=str)
+def test_a_gradient_of_a_boolean_parameter_steps_though_written_as_0_and_1(t, expected):
+    assert look_up("normalize", BOOLEAN, ({"normalize": [0, 1]},), MLP, t) is expected
+
+
 @given(
     anchors=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9),
     i=st.integers(0, 60),

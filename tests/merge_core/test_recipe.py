@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merge_core.errors import CheckpointError, RecipeError, nearest
@@ -86,34 +86,37 @@ def test_the_yaml_text_read_from_a_file_is_the_same_recipe(tmp_path, config):
     assert Recipe.load(tmp_path / "r.yml") == recipe
 
 
-@pytest.mark.parametrize("config", GOOD.values(), ids=GOOD)
-def test_as_config_loads_in_mergekit(config):
-    from mergekit.config import MergeConfiguration
-
-    plain = {key: v for key, v in Recipe.parse(config).as_config().items() if key != "random_seed"}
-    theirs = MergeConfiguration.model_validate(plain)
-    assert theirs.merge_method == config["merge_method"]
-
-
+# Any letters, no control characters: PyYAML itself loses some of those.
+letters = st.characters(exclude_categories=["C", "Z"])
+names = st.text(letters, min_size=1, max_size=12).filter(
+    lambda name: not re.fullmatch(r"[\d.+-]+[eE][\d+-]+", name)  # see the next test
+)
 numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**6), 10**6)
-settings_ = st.recursive(
-    numbers | st.lists(numbers, min_size=1, max_size=4),
-    lambda inner: st.lists(
-        st.fixed_dictionaries({"value": numbers}, optional={"filter": st.text(max_size=8)}),
-        min_size=1,
-        max_size=3,
-    ),
-    max_leaves=3,
+gradients = st.lists(numbers, min_size=1, max_size=4)
+filtered = st.lists(
+    st.fixed_dictionaries({"value": numbers | gradients}, optional={"filter": names}),
+    min_size=1,
+    max_size=3,
 )
 
 
-@given(weights=st.lists(settings_, min_size=1, max_size=3), name=st.text(min_size=1, max_size=12))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(weights=st.lists(numbers | gradients | filtered, min_size=1, max_size=3), name=names)
 def test_any_recipe_survives_yaml(tmp_path_factory, weights, name):
     models = [{"model": name, "parameters": {"weight": weight}} for weight in weights]
     recipe = Recipe.parse({"merge_method": "linear", "models": models})
     path = tmp_path_factory.getbasetemp() / "survives.yml"
     path.write_text(recipe.to_yaml(), encoding="utf-8")
     assert Recipe.load(path) == recipe
+
+
+@pytest.mark.parametrize(
+    "name", ["1e5", "0E0", "7", "1.5", "true", "null", "2026-01-01", "~", "a: b", "#x"]
+)
+def test_a_model_whose_name_looks_like_a_value_survives_yaml(tmp_path, name):
+    recipe = Recipe.parse(changed(LINEAR, ["models", 0, "model"], name))
+    (tmp_path / "r.yml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "r.yml") == recipe
 
 
 @pytest.mark.parametrize("written", ["bfloat16", "torch.bfloat16"])
@@ -408,7 +411,7 @@ TEXTS = {
     "a day that does not exist": ("dtype: 2026-99-99\n", r": not valid YAML: "),
     "a mapping that is none": ("a: !!map [x, y]\n", r": not valid YAML: "),
     "a number that is none": ("a: !!int x\n", r": not valid YAML: "),
-    "deep nesting": ("[" * 3000, r": not valid YAML: "),
+    "deep nesting": ("[" * 1200, r": not valid YAML: "),
 }
 
 

@@ -1,0 +1,184 @@
+"""Every bad search file ends with exit status 2, one line a fault, and nothing written."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = (ROOT / "configs/quickstart.yml").read_text()
+
+
+def evolve(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "evolve.cli", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def changed(**changes: object) -> str:
+    """The quickstart with top-level keys replaced, or removed where None."""
+    data = yaml.safe_load(QUICKSTART)
+    for key, value in changes.items():
+        if value is None:
+            del data[key]
+        else:
+            data[key] = value
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+def models(**first: object) -> list[dict[str, object]]:
+    """The quickstart's models with the first one's entry changed."""
+    entries = yaml.safe_load(QUICKSTART)["models"]
+    return [{**entries[0], **first}, *entries[1:]]
+
+
+def weight(**parameters: object) -> list[dict[str, object]]:
+    return models(parameters={"weight": {"low": 0.0, "high": 1.5}, **parameters})
+
+
+SORT = "configs/quickstart/models/sort"
+PLAIN = {"weight": 0.5}
+# What the message must name: field, value and the rule or repair.
+BAD_FILES = {
+    "missing model folder": (
+        changed(models=models(model="configs/quickstart/models/nowhere")),
+        ["configs/quickstart/models/nowhere", "no such folder", "correct the path"],
+    ),
+    "missing model folder outside": (
+        changed(models=models(model="/nowhere/at/all")),
+        ["/nowhere/at/all", "no such folder"],
+    ),
+    "unknown method": (
+        changed(merge_method="task_arithmetik"),
+        ["merge_method", "task_arithmetik", "did you mean 'task_arithmetic'"],
+    ),
+    "unknown parameter": (
+        changed(models=weight(wieght=1.0)),
+        ["models[0].parameters.wieght", "did you mean 'weight'"],
+    ),
+    "low above high": (
+        changed(models=models(parameters={"weight": {"low": 2.0, "high": 1.0}})),
+        ["models[0].weight", "low is 2.0", "high is 1.0", "swap"],
+    ),
+    "density above one": (
+        changed(merge_method="ties", models=weight(density={"low": 0.5, "high": 1.5})),
+        ["models[0].parameters.density", "1.5", "[0, 1]"],
+    ),
+    "fixed density above one": (
+        changed(merge_method="ties", models=weight(density=7)),
+        ["models[0].parameters.density", "7", "[0, 1]"],
+    ),
+    "unknown task": (
+        changed(tasks=["qs_revers"]),
+        ["tasks[0].name", "qs_revers", "did you mean 'qs_reverse'"],
+    ),
+    "metric the task does not have": (
+        changed(tasks=[{"name": "qs_sort", "metric": "acc"}]),
+        ["tasks[0].metric", "'acc'", "exact_match,none"],
+    ),
+    "slerp with three models": (
+        changed(merge_method="slerp", parameters={"t": {"low": 0.0, "high": 1.0}}),
+        ["models", "3 models", "slerp takes 1"],
+    ),
+    "no ranges": (
+        changed(models=[{"model": SORT, "parameters": PLAIN}]),
+        ["no ranges", "low: 0.0, high: 1.0"],
+    ),
+    "YAML syntax error": ("merge_method: [ties\nmodels: }{\n", [":2:", "not valid YAML"]),
+    "empty file": ("", ["is empty", "merge_method"]),
+    "not a mapping": ("- a\n- b\n", ["must be a mapping"]),
+    "unknown key": (changed(scorring={"limit": 3}), ["scorring", "did you mean 'scoring'"]),
+    "unknown setting": (
+        changed(search={"n_iteration": 3}),
+        ["search.n_iteration", "did you mean 'n_iterations'"],
+    ),
+    "sampler that is none": (changed(search={"sampler": "cmaes"}), ["search.sampler", "cmaes"]),
+    "negative task weight": (
+        changed(tasks=[{"name": "qs_sort", "weight": -1}]),
+        ["tasks[0].weight", "-1", "greater than 0"],
+    ),
+    "granularity that does not divide": (
+        changed(search={"layer_granularity": 3}),
+        ["search.layer_granularity", "3", "does not divide"],
+    ),
+    "task folder that is none": (
+        changed(scoring={"task_paths": ["nowhere"]}),
+        ["scoring.task_paths", "nowhere"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_gives_clear_errors_and_writes_nothing(case: str, tmp_path: Path) -> None:
+    text, expected = BAD_FILES[case]
+    search = tmp_path / "search.yml"
+    search.write_text(text)
+    began = time.monotonic()
+    done = evolve("run", str(search), "--storage-path", str(tmp_path / "out"))
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(line.startswith("error: ") for line in lines), done.stderr
+    assert all(part in done.stderr for part in expected), done.stderr
+    assert not (tmp_path / "out").exists()
+    assert time.monotonic() - began < 30  # 15 on an idle machine
+
+
+def test_models_of_different_shapes_are_refused_with_names_and_shapes(
+    tmp_path: Path, wider_model: Path
+) -> None:
+    search = tmp_path / "search.yml"
+    search.write_text(changed(models=models(model=str(wider_model))))
+    done = evolve("run", str(search), "--storage-path", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert str(wider_model) in done.stderr
+    assert "embed_tokens.weight is [" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    search = tmp_path / "search.yml"
+    search.write_text(
+        changed(
+            models=models(model="/nowhere/at/all"),
+            tasks=["no_such_task", {"name": "qs_sort", "metric": "x"}],
+        )
+    )
+    done = evolve("run", str(search), "--storage-path", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert [part in done.stderr for part in ("/nowhere/at/all", "no_such_task", "tasks[1].metric")] == [
+        True
+    ] * 3
+
+
+def test_the_good_file_passes_the_check_and_writes_nothing(tmp_path: Path) -> None:
+    search = tmp_path / "search.yml"
+    search.write_text(QUICKSTART)
+    done = evolve("run", str(search), "--storage-path", str(tmp_path / "out"), "--check")
+    assert done.returncode == 0, done.stderr
+    assert "models[0].weight" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_option_is_the_users_fault() -> None:
+    done = evolve("run", "configs/quickstart.yml", "--no-such-option")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+def test_help_answers_without_the_heavy_imports() -> None:
+    code = "import sys, evolve.cli; print([m for m in ('torch', 'optuna', 'ray', 'lm_eval', 'transformers') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
