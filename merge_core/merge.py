@@ -9,8 +9,9 @@ no second way to merge. `Sources` keeps checkpoints open and statistics warm bet
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,11 +120,38 @@ def merged_tensors(
     """
     sources = sources or Sources()
     plan = plan_merge(recipe, sources)
-    return (
-        (planned.name, _merge_one(recipe, planned, sources, torch.device(device)))
-        for planned in plan
-        if names is None or planned.name in names
-    )
+    wanted = [planned for planned in plan if names is None or planned.name in names]
+    return _in_parallel(recipe, wanted, sources, torch.device(device))
+
+
+def _in_parallel(
+    recipe: Recipe, wanted: list[_Planned], sources: Sources, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge a few tensors ahead, each on one thread, and hand them out in order.
+
+    One tensor a thread is twice as fast here as one operation on all threads, whose barriers cost
+    more than the work on a chunk, and it does not suffer where other processes want the cores.
+    """
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if n_threads == 1:
+        for planned in wanted:
+            yield planned.name, _merge_one(recipe, planned, sources, device)
+        return
+    # The number of threads belongs to the thread that sets it: the caller's stays as it is.
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        ahead: deque[tuple[str, Future[Tensor]]] = deque()
+        try:
+            for planned in wanted:
+                ahead.append((planned.name, pool.submit(_merge_one, recipe, planned, sources, device)))
+                if len(ahead) > n_threads:
+                    name, future = ahead.popleft()
+                    yield name, future.result()
+            while ahead:
+                name, future = ahead.popleft()
+                yield name, future.result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
 
 
 def plan_merge(recipe: Recipe, sources: Sources) -> list[_Planned]:

@@ -1,8 +1,9 @@
-"""Density to mask: which entries of a delta are kept, exactly, without sorting the tensor.
+"""Density to mask: which entries of a delta are kept, exactly, sorting a delta once a search.
 
-The largest-magnitude threshold is found in two steps: a histogram of magnitudes over the upper
-half of their float32 pattern, built once per tensor and reused for every density, names the bin
-that holds the threshold; only that bin's entries are then looked at one by one.
+Each delta's magnitudes are sorted once, at the first need, and only a small table is kept, good
+for every density: differences of bfloat16 numbers take few distinct magnitudes, and the table then
+holds them all. Else it holds every 64th, and the entries between two of them are looked at one by
+one. A merge of a single density could do without, a search could not.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from torch import Tensor
 from merge_core.methods.job import Source, TensorJob, chunks, exact_sum
 from merge_core.randomness import MaskKey, keep_below, keep_mask
 
-# A float32 magnitude's bits are 31; the histogram keeps the upper 16, 8 of exponent and 8 of mantissa.
-_BIN_SHIFT = 15
-_N_BINS = 1 << 16
+# The table of a delta whose magnitudes are nearly all different holds one in so many.
+_STRIDE = 64
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,51 @@ def _positions(values: Tensor, low: float, high: float) -> Tensor:
     return ((values >= low) & (values <= high)).nonzero().view(-1)
 
 
-def _magnitude_bits(delta: Tensor) -> Tensor:
-    """Return |delta| in float32 as integers that order the same way; int32, shape as given."""
-    return delta.abs().to(torch.float32).view(torch.int32)
+@dataclass(frozen=True)
+class Ranks:
+    """Some of a delta's magnitudes in falling order, with their ranks.
 
+    Attributes:
+        magnitudes: float32, shape (m,), strictly falling.
+        above: how many entries are larger than each; int64, shape (m,).
+        n: how many entries the delta has.
+        is_complete: whether every distinct magnitude is listed.
+    """
 
-def _bin_edges(number: int) -> tuple[float, float]:
-    """Return the smallest and the largest float32 magnitude of a histogram bin."""
-    edges = np.array([number << _BIN_SHIFT, ((number + 1) << _BIN_SHIFT) - 1], dtype=np.int32)
-    low, high = edges.view(np.float32)
-    return float(low), float(high)
+    magnitudes: np.ndarray
+    above: np.ndarray
+    n: int
+    is_complete: bool
+
+    @classmethod
+    def of(cls, magnitudes: np.ndarray) -> Ranks:
+        """Sort a delta's magnitudes, float32 of shape (n,), and keep a table of them."""
+        ordered = np.sort(magnitudes)
+        n = len(ordered)
+        # Rising: each distinct magnitude ends where the next begins.
+        ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), n - 1)
+        is_complete = len(ends) <= n // _STRIDE
+        if not is_complete:
+            ends = ends[np.unique(np.searchsorted(ends, np.append(np.arange(0, n, _STRIDE), n - 1)))]
+        ends = ends[::-1]
+        return cls(ordered[ends], n - 1 - ends, n, is_complete)
+
+    def around(self, k: int) -> tuple[int, float, float]:
+        """Find what the table says of the k-th largest magnitude, 1 <= k <= n.
+
+        Returns:
+            How many entries are larger than `high`, and low <= magnitude <= high.
+        """
+        at = int(np.searchsorted(self.above, k)) - 1
+        high = float(self.magnitudes[at])
+        low = high if self.is_complete else float(self.magnitudes[min(at + 1, len(self.above) - 1)])
+        return int(self.above[at]), low, high
+
+    def n_tied(self, k: int) -> int:
+        """Count the entries of the k-th largest magnitude, where the table is complete."""
+        at = int(np.searchsorted(self.above, k)) - 1
+        ends = self.above[at + 1] if at + 1 < len(self.above) else self.n
+        return int(ends - self.above[at])
 
 
 def keep_all(job: TensorJob, source: Source) -> Kept:
@@ -151,12 +186,12 @@ def _delta_chunks(job: TensorJob, source: Source) -> Iterator[tuple[int, int, Te
 class StatisticsCache:
     """Order statistics of deltas, kept between merges of the same sources.
 
-    One histogram a (base, model, tensor) is built at the first need; the threshold found last is
-    remembered, so a fixed density costs nothing per candidate.
+    One table of ranks a (base, model, tensor) is built at the first need; the threshold found last
+    is remembered, so a fixed density costs nothing per candidate.
     """
 
     def __init__(self) -> None:
-        self._histograms: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._ranks: dict[tuple[str, ...], Ranks] = {}
         self._thresholds: dict[tuple[str, ...], tuple[int, Threshold]] = {}
         self._is_zero: dict[tuple[str, ...], bool] = {}
 
@@ -182,27 +217,21 @@ class StatisticsCache:
             known = self._thresholds[name] = (k, self._find(job, source, k))
         return known[1]
 
-    def _histogram(self, job: TensorJob, source: Source) -> tuple[np.ndarray, np.ndarray]:
-        """Return the non-empty bins in falling order and how many entries lie in each."""
+    def _ranked(self, job: TensorJob, source: Source) -> Ranks:
         name = self._name(job, source)
-        if name not in self._histograms:
-            counts = np.zeros(_N_BINS, dtype=np.int64)
-            for _, _, delta in _delta_chunks(job, source):
-                bins = _magnitude_bits(delta) >> _BIN_SHIFT
-                counts += torch.bincount(bins, minlength=_N_BINS).cpu().numpy()
-            used = np.flatnonzero(counts)[::-1]
-            self._histograms[name] = (used.astype(np.int32), counts[used])
-        return self._histograms[name]
+        if name not in self._ranks:
+            magnitudes = torch.cat([delta.abs_().to(torch.float32) for _, _, delta in _delta_chunks(job, source)])
+            self._ranks[name] = Ranks.of(magnitudes.cpu().numpy())
+        return self._ranks[name]
 
     def _find(self, job: TensorJob, source: Source, k: int) -> Threshold:
-        bins, counts = self._histogram(job, source)
-        reached = np.cumsum(counts)
-        at = int(np.searchsorted(reached, k))
-        above, wanted_bin = int(reached[at] - counts[at]), int(bins[at])
-        low, high = _bin_edges(wanted_bin)
+        ranks = self._ranked(job, source)
+        above, low, high = ranks.around(k)
+        if ranks.is_complete:
+            return Threshold(high, k - above, ranks.n_tied(k))
         members = []
         for _, _, delta in _delta_chunks(job, source):
-            magnitude = delta.abs().to(torch.float32)
+            magnitude = delta.abs_().to(torch.float32)
             members.append(magnitude[_positions(magnitude, low, high)])
         found = torch.cat(members).cpu().numpy()
         magnitude_at_k = np.partition(found, above - k)[above - k]

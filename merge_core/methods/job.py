@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from merge_core.sparsify import StatisticsCache
 
 # Big enough that a torch call's own cost vanishes, small enough that temporaries stay in cache.
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 # Sums are taken over rows of this length, so that no thread count changes their order.
 _ROW = 1 << 12
 

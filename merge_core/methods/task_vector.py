@@ -112,20 +112,18 @@ def _elect(deltas: list[Tensor], weights: list[float], normalize: bool) -> Tenso
     Returns:
         Shape (n,).
     """
-    total = deltas[0].clone() if len(deltas) > 1 else deltas[0]
-    for delta in deltas[1:]:
-        total += delta
+    total = sum(deltas[1:], deltas[0])
     # Signs as +1 and -1: torch multiplies floats many times faster than it selects by booleans.
-    sign = torch.ge(total, 0, out=torch.empty_like(total)).mul_(2).sub_(1)
-    mixed = torch.zeros_like(sign)
-    divisor = torch.zeros_like(sign)
+    sign = torch.ge(total, 0, out=torch.empty_like(deltas[0])).mul_(2).sub_(1)
+    mixed = divisor = None
     for delta, weight in zip(deltas, weights, strict=True):
-        agreeing = torch.relu_(delta * sign)
-        mixed += agreeing
+        agreeing = delta.mul_(sign).relu_()
         if normalize:
-            divisor.add_(agreeing.sign_(), alpha=weight)
-    mixed *= sign
-    if normalize:
+            voted = agreeing.sign().mul_(weight)
+            divisor = voted if divisor is None else divisor.add_(voted)
+        mixed = agreeing if mixed is None else mixed.add_(agreeing)
+    assert mixed is not None
+    if divisor is not None:
         nobody = torch.eq(divisor, 0, out=torch.empty_like(divisor))
         mixed /= divisor.add_(nobody)
-    return mixed
+    return mixed.mul_(sign)

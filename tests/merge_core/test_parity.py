@@ -320,8 +320,9 @@ def test_bfloat16_merges_are_the_exact_value_rounded_once(request, loaded, name,
         assert float(worst.max()) <= 0, tensor_name
         n_open += int(is_open.sum())
         n_entries += value.numel()
-    # Ties are many in bfloat16: at most a tenth here, for the densities of these cases.
-    assert n_open <= (0.1 if recipe.merge_method == "ties" else 1e-3) * n_entries
+    # Ties are many in bfloat16, votes that balance exactly (d_x = -2 d_y) are not rare.
+    limit = {"ties": 0.1, "dare_ties": 0.02}.get(recipe.merge_method, 0)
+    assert n_open <= limit * n_entries
 
 
 # ---- dare below density 1 -----------------------------------------------------------------------

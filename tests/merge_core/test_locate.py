@@ -1,0 +1,269 @@
+"""Models by Hub id, through a stand-in Hub on loopback and the real client in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVER = ROOT.parent / "shared/hub/serve.py"
+needs_server = pytest.mark.skipif(not SERVER.is_file(), reason=f"no stand-in Hub at {SERVER}")
+
+# Locates each reference in turn, and with MERGE set also merges it; one JSON object a line.
+CLIENT = """
+import json, os, sys
+from merge_core.errors import MergeError
+from merge_core.checkpoint.locate import locate
+for reference in sys.argv[1:]:
+    found = {}
+    try:
+        folder = locate(reference)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        found["files"] = sorted(path.relative_to(folder).as_posix() for path in files)
+        if os.environ.get("MERGE"):
+            from merge_core.merge import merged_tensors, model_alone
+            merged = merged_tensors(model_alone(reference))
+            found["sums"] = {name: float(tensor.double().sum()) for name, tensor in merged}
+    except MergeError as error:
+        found["error"], found["faults"] = type(error).__name__, error.faults
+    print(json.dumps(found), flush=True)
+"""
+
+NEEDED = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+NEEDED += ["chat_template.jinja", "generation_config.json"]
+UNNEEDED = ["README.md", "pytorch_model.bin", "tf_model.h5", "training_args.bin", "plot.png"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, llamas) -> Iterator[tuple[str, Path]]:
+    """The stand-in Hub's address and the folder of its models."""
+    root = tmp_path_factory.mktemp("hub")
+    models = root / "models/org"
+    for name in ("tiny", "secret", "extra", "pickled"):
+        shutil.copytree(llamas.x, models / name)
+        for file in (*NEEDED, *UNNEEDED):
+            if not (models / name / file).exists():
+                (models / name / file).write_text("{}")
+    (models / "secret/.private").touch()
+    (models / "extra/original").mkdir()
+    shutil.copy(models / "extra/model.safetensors", models / "extra/original/consolidated.safetensors")
+    shutil.copy(models / "extra/model.safetensors", models / "extra/consolidated.safetensors")
+    (models / "pickled/model.safetensors").unlink()
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER), str(root), "--port", str(port), "--token", "secret"],
+        stdout=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"{address}/api/models/org/tiny", timeout=1)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, "the stand-in Hub ended"
+                time.sleep(0.05)
+        yield address, models
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def run_client(address: str, home: Path, *references: str, cwd: Path, **environment: str) -> list[dict]:
+    """Locate and merge references in a fresh process; what it found, one entry each."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    environment = {
+        **kept,
+        "HF_ENDPOINT": address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(home),
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, *references],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+REFERENCES = ["org/tiny", "org/tiny@main", "org/gone", "org/secret", "org/extra", "org/pickled"]
+
+# Nothing here may be looked up on the Hub: each is a path that does not exist.
+PATHS = [
+    "/nowhere/gone",
+    "./gone",
+    "../gone",
+    "models/gone",  # relative, below a folder that exists
+    "models/gone@main",
+    "a/b/gone",
+    "gone/",
+    "~/gone",
+]
+LOCAL = "org/tiny@v1+a"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, llamas) -> Path:
+    """HF_HOME and working directory of the clients."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "models").mkdir()
+    shutil.copytree(llamas.x, home / LOCAL)
+    return home
+
+
+@pytest.fixture(scope="module")
+def found(hub, tmp_path_factory, home) -> dict[str, dict]:
+    """What a client without token finds."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")  # no folder org/ there
+    results = run_client(hub[0], home, *REFERENCES, cwd=elsewhere, MERGE="1")
+    return dict(zip(REFERENCES, results, strict=True))
+
+
+@pytest.fixture(scope="module")
+def unreachable(home) -> dict[str, dict]:
+    """What a client finds at an address where nobody answers."""
+    references = ["other/tiny", *PATHS, LOCAL]
+    results = run_client(f"http://127.0.0.1:{free_port()}", home, *references, cwd=home)
+    return dict(zip(references, results, strict=True))
+
+
+def sums(model: str) -> dict[str, float]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(Path(model) / "model.safetensors")
+    return {name: float(tensor.double().sum()) for name, tensor in tensors.items()}
+
+
+@needs_server
+def test_an_id_downloads_the_needed_files_and_merges(found, llamas):
+    assert found["org/tiny"].get("faults") is None
+    assert set(NEEDED) <= set(found["org/tiny"]["files"])
+    assert found["org/tiny"]["sums"] == pytest.approx(sums(llamas.x))
+
+
+@needs_server
+@pytest.mark.parametrize("file", UNNEEDED)
+def test_files_that_a_merge_does_not_need_are_not_downloaded(found, file):
+    assert file not in found["org/tiny"]["files"]
+
+
+@needs_server
+@pytest.mark.parametrize("file", ["consolidated.safetensors", "original/consolidated.safetensors"])
+def test_second_copies_of_the_weights_are_not_downloaded(found, file):
+    assert "model.safetensors" in found["org/extra"]["files"]
+    assert file not in found["org/extra"]["files"]
+
+
+@needs_server
+def test_a_revision_may_be_named(found):
+    assert found["org/tiny@main"] == found["org/tiny"]
+
+
+@needs_server
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        ("org/gone", ["'org/gone'", "correct the name", "HF_TOKEN"]),
+        ("org/secret", ["'org/secret'", "private", "HF_TOKEN"]),
+        ("org/pickled", ["'org/pickled'", ".bin", "safetensors"]),
+    ],
+    ids=["missing", "private", "only .bin"],
+)
+def test_what_cannot_be_had_is_a_checkpoint_error_that_says_what_to_do(found, reference, expected):
+    result = found[reference]
+    assert result["error"] == "CheckpointError"
+    (fault,) = result["faults"]
+    for text in expected:
+        assert text in fault
+    assert "\n" not in fault
+
+
+@needs_server
+def test_a_private_model_is_found_with_a_token(hub, tmp_path):
+    (result,) = run_client(hub[0], tmp_path, "org/secret", cwd=tmp_path, HF_TOKEN="secret")
+    assert result.get("faults") is None
+    assert set(NEEDED) <= set(result["files"])
+
+
+class WithoutRevision(BaseHTTPRequestHandler):
+    """Answers as the Hub does where a repository has no such revision; the stand-in has them all."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RevisionNotFound")
+        self.send_header("X-Error-Message", "Invalid rev id: gone")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_revision_that_does_not_exist_is_a_checkpoint_error_that_says_what_to_do(tmp_path):
+    with HTTPServer(("127.0.0.1", 0), WithoutRevision) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        (result,) = run_client(address, tmp_path, "org/tiny@gone", cwd=tmp_path)
+        server.shutdown()
+    assert result["error"] == "CheckpointError"
+    (fault,) = result["faults"]
+    for text in ("'org/tiny@gone'", "no revision 'gone'", "branch, tag or commit"):
+        assert text in fault
+
+
+@needs_server
+@pytest.mark.parametrize("offline", [False, True], ids=["down", "offline"])
+def test_a_downloaded_model_is_found_without_the_hub(found, home, tmp_path, offline):
+    nobody = f"http://127.0.0.1:{free_port()}"
+    environment = {"HF_HUB_OFFLINE": "1"} if offline else {}
+    first, second = run_client(nobody, home, "org/tiny", "org/other", cwd=tmp_path, **environment)
+    assert first["files"] == found["org/tiny"]["files"]
+    assert second["error"] == ("CheckpointError" if offline else "HubUnreachableError")
+
+
+def test_a_hub_that_does_not_answer_is_not_the_users_fault(unreachable):
+    result = unreachable["other/tiny"]
+    assert result["error"] == "HubUnreachableError"
+    (fault,) = result["faults"]
+    assert "'other/tiny'" in fault
+    assert "try again" in fault
+    assert "\n" not in fault
+
+
+@pytest.mark.parametrize("reference", PATHS)
+def test_a_path_is_never_looked_up_on_the_hub(unreachable, reference):
+    assert unreachable[reference]["error"] == "CheckpointError"
+    (fault,) = unreachable[reference]["faults"]
+    assert "no such folder" in fault
+    assert repr(reference) in fault
+
+
+def test_a_folder_wins_over_an_id(unreachable, llamas):
+    assert unreachable[LOCAL]["files"] == sorted(path.name for path in Path(llamas.x).iterdir())
