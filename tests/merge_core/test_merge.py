@@ -304,6 +304,17 @@ def test_whole_merges_are_the_same_with_two_threads_and_small_chunks(
     assert same_tensors(dict(merged_tensors(recipe)), expected)
 
 
+def test_a_merge_leaves_the_number_of_threads_and_may_be_abandoned(llamas, n_threads):
+    n_threads(2)
+    stream = merged_tensors(recipe_of("ties", llamas))
+    first, _ = next(stream)
+    stream.close()
+    assert first == "model.embed_tokens.weight"
+    assert torch.get_num_threads() == 2
+    assert len(list(merged_tensors(recipe_of("linear", llamas)))) == len(saved(Path(llamas.x)))
+    assert torch.get_num_threads() == 2
+
+
 @every_method
 def test_sharded_sources_give_what_single_files_give(llamas, tmp_path, method):
     from transformers import AutoModelForCausalLM
