@@ -77,7 +77,7 @@ def evaluate_models(models: Sequence[str], options: EvalOptions) -> list[dict[st
             allow_unsafe_code=options.allow_unsafe_code,
         )
         worker = Worker(setup, tasks, sources)
-        split = SPLITS[SPLITS.index(options.split)]  # type: ignore[arg-type]
+        split = SPLITS[SPLITS.index(options.split)]
         result = worker.evaluate(Job(name, "trial", recipe, (split,), (setup.prompting,)))
         if result.failure:
             raise TrialEngineError(f"{name} could not be scored: {result.failure[1]}")

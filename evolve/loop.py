@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -224,7 +224,7 @@ def _kept_outcomes(
             study.keep_note(f"{file} failed", [job.name, *result.failure])
             return None
 
-        def objective(by_split: dict[Split, Outcomes]) -> float:
+        def objective(by_split: Mapping[Split, Outcomes]) -> float:
             return plan.tasks.objective(plan.tasks.scores(by_split[job.splits[-1]]))
 
         save_outcomes(path, max(result.outcomes.values(), key=objective))

@@ -38,8 +38,8 @@ class ProgressLine:
         if event == "starting":
             self._say(
                 f"{study.name}: {len(plan.space.variables)} variables, sampler "
-                f"{plan.search_file.search.sampler} ({plan.why_sampler}), {plan.tasks.n_documents} search "
-                f"documents a candidate; starting the {plan.setup.backend} engine"
+                f"{plan.search_file.search.sampler} ({plan.why_sampler}), {plan.tasks.n_documents} "
+                f"search documents a candidate; starting the {plan.setup.backend} engine"
             )
         elif event == "started":
             self._began = time.monotonic()

@@ -292,7 +292,7 @@ def _load(
             _raise_if_unreachable(name, error)
             faults.append(
                 f"tasks[{i}].name is {name!r}, which lm-eval cannot load: {type(error).__name__}: "
-                f"{str(error):.300}; correct the task's file or its data"
+                f"{error!s:.300}; correct the task's file or its data"
             )
             continue
         group = tasks.get("groups", {}).get(name)
@@ -337,7 +337,7 @@ def _raise_if_unreachable(name: str, error: Exception) -> None:
     unreachable = isinstance(error, ConnectionError | TimeoutError) or "offline" in str(error).lower()
     if unreachable and not isinstance(error, DatasetNotFoundError | FileNotFoundError):
         raise HubUnreachableError(
-            f"task {name}: its data set could not be fetched ({str(error):.200}); try again with a "
+            f"task {name}: its data set could not be fetched ({error!s:.200}); try again with a "
             f"connection to the Hub, or use a task with local data"
         ) from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evolve.tasks import Outcome, Outcomes, ScoredTask, TaskSet
+from evolve.tasks import Outcome, Outcomes, ScoredTask, Split, TaskSet
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import locate
 from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
@@ -24,6 +24,8 @@ from merge_core.recipe import Recipe
 
 N_RESAMPLES = 2000
 LEVEL = 0.95
+# Documents drawn in one array operation.
+_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -168,12 +170,18 @@ def _resampled_gains(
     """Return N_RESAMPLES differences of one task's score; shape (N_RESAMPLES,)."""
     if not task.is_mean:
         won, lost = _resampled_scores(task, [winner, baseline], rng)
-        return won - lost
+        gains: np.ndarray = won - lost
+        return gains
     difference = _contributions(task, winner) - _contributions(task, baseline)
     if _is_binary(winner) and _is_binary(baseline):
         difference = np.concatenate([difference, [1.0, -1.0]])
     n = len(difference)
-    return np.array([difference[rng.integers(0, n, n)].mean() for _ in range(N_RESAMPLES)])
+    rows = max(1, _AT_ONCE // n)
+    means = [
+        difference[rng.integers(0, n, (min(rows, N_RESAMPLES - done), n))].mean(axis=1)
+        for done in range(0, N_RESAMPLES, rows)
+    ]
+    return np.concatenate(means)
 
 
 def _contributions(task: ScoredTask, outcomes: Sequence[Outcome]) -> np.ndarray:
@@ -185,7 +193,9 @@ def _contributions(task: ScoredTask, outcomes: Sequence[Outcome]) -> np.ndarray:
     for outcome in outcomes:
         sizes[outcome.leaf] += 1
     n, n_leaves = len(outcomes), len(sizes)
-    return values * np.array([n / (n_leaves * sizes[outcome.leaf]) for outcome in outcomes])
+    scale = np.array([n / (n_leaves * sizes[outcome.leaf]) for outcome in outcomes])
+    scaled: np.ndarray = values * scale
+    return scaled
 
 
 def _resampled_scores(
@@ -217,7 +227,7 @@ def conclude(
     tasks: TaskSet,
     trial: int,
     winner: Outcomes,
-    baselines: Mapping[str, Mapping[str, Outcomes]],
+    baselines: Mapping[str, Mapping[Split, Outcomes]],
 ) -> Verdict:
     """Compare the winner with the best baseline on the holdout.
 

@@ -7,7 +7,7 @@ raised together, so that a user repairs a file in one go.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def field_path(loc: Sequence[str | int]) -> str:
     return path or "file"
 
 
-def schema_faults(error: ValidationError, known_keys: dict[str, Iterable[str]]) -> list[str]:
+def schema_faults(error: ValidationError, known_keys: Mapping[str, Iterable[str]]) -> list[str]:
     """Turn pydantic's findings into fault lines.
 
     Args:

@@ -220,7 +220,9 @@ class StatisticsCache:
     def _ranked(self, job: TensorJob, source: Source) -> Ranks:
         name = self._name(job, source)
         if name not in self._ranks:
-            magnitudes = torch.cat([delta.abs_().to(torch.float32) for _, _, delta in _delta_chunks(job, source)])
+            magnitudes = torch.cat(
+                [delta.abs_().to(torch.float32) for _, _, delta in _delta_chunks(job, source)]
+            )
             self._ranks[name] = Ranks.of(magnitudes.cpu().numpy())
         return self._ranks[name]
 

@@ -186,9 +186,7 @@ def fit(
 
 
 @torch.no_grad()
-def score(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]
-) -> float:
+def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> float:
     """Share of one skill's examples answered right, scored as its lm-eval task scores it."""
     model.eval()
     prompts = torch.tensor(tokenizer([e.prompt() for e in examples])["input_ids"])
@@ -213,9 +211,7 @@ def score(
     return sum(right) / len(right)
 
 
-def base_pairs(
-    held_out: Mapping[str, list[Example]], rng: random.Random
-) -> Iterator[tuple[str, str]]:
+def base_pairs(held_out: Mapping[str, list[Example]], rng: random.Random) -> Iterator[tuple[str, str]]:
     """Prompts and answers of the base: every skill under its symbol, an echo for words."""
     examples = {skill: training_examples(skill, held_out, rng) for skill in SKILLS}
     while True:
@@ -255,9 +251,7 @@ def write_tasks(held_out: Mapping[str, list[Example]], folder: Path) -> None:
         (folder / f"qs_{skill}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> LlamaForCausalLM:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
     """Save the model as bfloat16 and return it as its file holds it, back in float32."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -43,14 +43,15 @@ class ResidentLM(HFLM):  # type: ignore[misc]
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         """Tokenise a text, or recall how it was tokenised."""
         if not hasattr(self, "_tok_encode"):  # HFLM's constructor tokenises before it is done
-            return super().tok_encode(string, *args, **kwargs)
-        return self._tok_encode(string, *args, **kwargs)
+            return list(super().tok_encode(string, *args, **kwargs))
+        return list(self._tok_encode(string, *args, **kwargs))
 
     def tok_batch_encode(
         self, strings: Iterable[str], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokenise and pad a batch of texts, or recall it; callers do not write into it."""
-        return self._tok_batch_encode(tuple(strings), *args, **kwargs)
+        ids, mask = self._tok_batch_encode(tuple(strings), *args, **kwargs)
+        return ids, mask
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """Score continuations; no progress bar."""

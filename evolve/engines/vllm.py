@@ -256,9 +256,7 @@ class VllmLM(TemplateLM):  # type: ignore[misc]
             until = handle_stop_sequences(arguments.pop("until", None), eos=eos)
             max_tokens = min(int(arguments.pop("max_gen_toks")), self.max_length - 1)
             prompts.append(self.tok_encode(text)[-(self.max_length - max_tokens) :])
-            params.append(
-                vllm.SamplingParams(max_tokens=max_tokens, stop=until, **_sampling(arguments))
-            )
+            params.append(vllm.SamplingParams(max_tokens=max_tokens, stop=until, **_sampling(arguments)))
             stops.append(until)
         outputs = self._generate(prompts, params)
         return [

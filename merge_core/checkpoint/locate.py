@@ -91,6 +91,6 @@ def _download(reference: str, name: str, revision: str | None) -> Path:
                 f"the path or download it first"
             ) from None
         raise HubUnreachableError(
-            f"{where} it could not be looked up ({type(error).__name__}: {str(error):.200}); "
+            f"{where} it could not be looked up ({type(error).__name__}: {error!s:.200}); "
             f"correct the path, or try again with a connection to the Hub"
         ) from error

@@ -42,7 +42,8 @@ def slerp(job: TensorJob) -> Tensor:
         share_b = math.sin(t * theta) / math.sin(theta)
 
     def compute(start: int, stop: int) -> Tensor:
-        mixed = a[start:stop].to(job.work_dtype) * share_a
-        return mixed.add_(b[start:stop].to(job.work_dtype), alpha=share_b)
+        mixed: Tensor = a[start:stop].to(job.work_dtype) * share_a
+        mixed += b[start:stop].to(job.work_dtype) * share_b
+        return mixed
 
     return by_chunks(job, compute)

@@ -1,0 +1,128 @@
+"""The project's own shape: what imports what, that the README's map is true, that examples load."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from evolve.search_file import SearchFile
+from evolve.space import Space
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("merge_core", "evolve")
+# Each heavy dependency has an address.
+ADDRESSES = {
+    "optuna": (
+        "evolve/samplers/",
+        "evolve/study.py",
+        "evolve/space.py",
+        "evolve/loop.py",
+        "evolve/report.py",
+    ),
+    "cma": ("evolve/samplers/",),
+    "ray": ("evolve/workers/ray.py",),
+    "vllm": ("evolve/engines/vllm.py",),
+    "lm_eval": ("evolve/engines/", "evolve/tasks.py"),
+}
+LATE = ("transformers", "huggingface_hub")
+
+
+def modules() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
+def test_merge_core_knows_nothing_of_evolve() -> None:
+    for path in (ROOT / "merge_core").rglob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] == "evolve"], path
+
+
+@pytest.mark.parametrize("package", ADDRESSES)
+def test_heavy_dependencies_keep_to_their_address(package: str) -> None:
+    for path in modules():
+        where = path.relative_to(ROOT).as_posix()
+        runtime = imports(path, top_level_only=True)
+        if not where.startswith(ADDRESSES[package]):
+            assert package not in [name.split(".")[0] for name in runtime], where
+
+
+def test_transformers_and_the_hub_are_imported_late_outside_the_engines() -> None:
+    for path in modules():
+        where = path.relative_to(ROOT).as_posix()
+        if not where.startswith("evolve/engines/"):
+            top = [name.split(".")[0] for name in imports(path, top_level_only=True)]
+            assert not set(LATE) & set(top), where
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    graph = {}
+    for path in modules():
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = [n for n in imports(path, top_level_only=True) if n.split(".")[0] in PACKAGES]
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above, name))
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_readmes_map_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = readme.split("## Map of the code")[1].split("```")[1]
+    named = set()
+    folders: list[str] = []
+    for line in block.strip().splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        entry = line.split()[0]
+        folders = [*folders[:depth], entry]
+        named.add("".join(folders))
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    wanted = {
+        f for f in files if f.endswith(".py") and f.startswith(PACKAGES) and not f.endswith("__init__.py")
+    }
+    mapped = {f for f in named if f.endswith(".py") and f.startswith(PACKAGES)}
+    assert mapped == wanted
+    for entry in named:
+        assert (ROOT / entry).exists(), entry
+
+
+def test_the_readmes_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yml")), ids=lambda path: path.name)
+def test_every_example_is_a_good_search_file(path: Path) -> None:
+    file = SearchFile.load(path)
+    space = Space(file.template, file.search.layer_granularity, lambda: 12)
+    assert space.values(space.recipe(space.starts())) == space.starts()
+
+
+def test_the_quickstarts_models_are_small() -> None:
+    models = ROOT / "configs/quickstart/models"
+    assert sum(path.stat().st_size for path in models.rglob("*") if path.is_file()) <= 8_000_000
