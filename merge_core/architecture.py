@@ -30,6 +30,7 @@ class Architecture:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         names = self._used_names()
+        self._names = frozenset(names)
         counts = Counter(found[0] for name in names if (found := split_layer(name)))
         if not counts:
             raise CheckpointError(
@@ -63,8 +64,11 @@ class Architecture:
         return bool(text_config(self.checkpoint.config).get("tie_word_embeddings", False))
 
     def _used_names(self) -> list[str]:
-        """Tensor names in layer order, without an output head that a tied model also stored."""
-        names = list(self.checkpoint.tensors)
+        """Tensor names in file order, without buffers that Transformers recomputes and without an
+        output head that a tied model also stored.
+        """
+        tensors = self.checkpoint.tensors
+        names = [name for name, info in tensors.items() if not _is_recomputed(name, info)]
         if self.ties_embeddings and any(is_embedding(name) for name in names):
             names = [name for name in names if not _is_head(name)]
         return names
@@ -75,7 +79,13 @@ class Architecture:
 
     def info(self, name: str) -> TensorInfo | None:
         """What the header says of a tensor; None where the model has none of that name."""
-        return self.checkpoint.tensors.get(name)
+        return self.checkpoint.tensors.get(name) if name in self._names else None
+
+
+def _is_recomputed(name: str, info: TensorInfo) -> bool:
+    """Tell buffers that old checkpoints store: rotary frequencies and causal masks."""
+    is_mask = name.endswith((".attn.bias", ".attention.bias")) and len(info.shape) == 4
+    return name.endswith((".inv_freq", ".masked_bias")) or is_mask
 
 
 def _is_head(name: str) -> bool:

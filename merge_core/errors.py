@@ -7,6 +7,7 @@ raised together, so that a user repairs a file in one go.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"use one of: {', '.join(names)}"
 
 
+def shown(value: Any) -> str:
+    """Quote a value, shortened to a glance."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def field_path(loc: Sequence[str | int]) -> str:
     """Spell a pydantic location as a user would: `models[0].parameters.weight`."""
     path = ""
@@ -65,7 +72,14 @@ def schema_faults(error: ValidationError, known_keys: Mapping[str, Iterable[str]
             exist there, to name the nearest one for an unknown key.
     """
     faults = []
-    for item in error.errors(include_url=False):
+    items = error.errors(include_url=False)
+    inner = {item["loc"] for item in items}
+    for item in items:
+        # A list whose entry is at fault is also "too short" to pydantic: say the cause alone.
+        if item["type"] == "too_short" and any(
+            loc[: len(item["loc"])] == item["loc"] != loc for loc in inner
+        ):
+            continue
         loc, value = item["loc"], item["input"]
         field = field_path(loc)
         if item["type"] == "extra_forbidden":
@@ -76,6 +90,5 @@ def schema_faults(error: ValidationError, known_keys: Mapping[str, Iterable[str]
             faults.append(f"{field} is missing; it is required, add it")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-            faults.append(f"{field} is {shown}; {message[:1].lower() + message[1:]}")
+            faults.append(f"{field} is {shown(value)}; {message[:1].lower() + message[1:]}")
     return faults

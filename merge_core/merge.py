@@ -168,20 +168,27 @@ def plan_merge(recipe: Recipe, sources: Sources) -> list[_Planned]:
     if faults:
         raise CheckpointError(faults)
     model = sources.architecture(donor(recipe))
-    planned = [_plan_outside(name, slices[0]) for name in model.before]
+    architectures = [[sources.architecture(s.model) for s in part.sources] for part in slices]
+    # Every model's tensors, so that one which another model lacks is refused and not dropped.
+    before = dict.fromkeys(name for a in (model, *architectures[0]) for name in a.before)
+    after = dict.fromkeys(name for a in (model, *architectures[-1]) for name in a.after)
+    planned = [_plan_outside(name, slices[0]) for name in before]
     n_done = 0
     for part in slices:
-        first = part.sources[0]
-        start, end = first.layer_range
+        start, end = part.sources[0].layer_range
         for i in range(end - start):
             # A slice of one layer sits at its end, as in mergekit.
             t = i / (end - start - 1) if end - start > 1 else 1.0
             planned += [
                 _plan_layer(model.layer_name(n_done + i, suffix), part, i, suffix, t, sources)
-                for suffix in sources.architecture(first.model).layers[start + i]
+                for suffix in dict.fromkeys(
+                    suffix
+                    for source in part.sources
+                    for suffix in sources.architecture(source.model).layers[source.layer_range[0] + i]
+                )
             ]
         n_done += end - start
-    planned += [_plan_outside(name, slices[-1]) for name in model.after]
+    planned += [_plan_outside(name, slices[-1]) for name in after]
     _check_fit(planned, sources)
     return planned
 
@@ -217,18 +224,18 @@ def _slices(recipe: Recipe, sources: Sources) -> list[SliceEntry]:
 def _range_faults(slices: list[SliceEntry], sources: Sources) -> list[str]:
     faults = []
     for i, part in enumerate(slices):
-        lengths = {source.model: source.layer_range for source in part.sources}
-        for model, (start, end) in lengths.items():
+        ranges = [(source.model, *source.layer_range) for source in part.sources]
+        for model, start, end in ranges:
             n_layers = sources.architecture(model).n_layers
             if end > n_layers:
                 faults.append(
                     f"slices[{i}]: layers [{start}, {end}) of {model} are asked for; it has "
                     f"{n_layers} layers, shorten the range"
                 )
-        if len({end - start for start, end in lengths.values()}) > 1:
+        if len({end - start for _, start, end in ranges}) > 1:
             faults.append(
                 "models have different numbers of layers: "
-                + ", ".join(f"{model} {end - start}" for model, (start, end) in lengths.items())
+                + ", ".join(f"{model} {end - start}" for model, start, end in ranges)
                 + "; merge models of one architecture, or choose layers with slices"
             )
     return faults
@@ -236,24 +243,24 @@ def _range_faults(slices: list[SliceEntry], sources: Sources) -> list[str]:
 
 def _plan_outside(name: str, part: SliceEntry) -> _Planned:
     """Plan a tensor outside the layers: every model has it under the donor's name."""
-    return _planned(name, part, {source.model: name for source in part.sources}, 0.0)
+    return _planned(name, part, [name] * len(part.sources), 0.0)
 
 
 def _plan_layer(name: str, part: SliceEntry, i: int, suffix: str, t: float, sources: Sources) -> _Planned:
     """Plan a tensor of the slice's i-th layer; each model names it by its own layer number."""
-    names = {
-        source.model: sources.architecture(source.model).layer_name(source.layer_range[0] + i, suffix)
+    names = [
+        sources.architecture(source.model).layer_name(source.layer_range[0] + i, suffix)
         for source in part.sources
-    }
+    ]
     return _planned(name, part, names, t)
 
 
-def _planned(name: str, part: SliceEntry, input_names: Mapping[str, str], t: float) -> _Planned:
+def _planned(name: str, part: SliceEntry, input_names: list[str], t: float) -> _Planned:
     seen: Counter[str] = Counter()
     inputs = []
     base = None
-    for source in part.sources:
-        entry = _Input(source.model, input_names[source.model], source.parameters, seen[source.model])
+    for source, input_name in zip(part.sources, input_names, strict=True):
+        entry = _Input(source.model, input_name, source.parameters, seen[source.model])
         seen[source.model] += 1
         if source.model == part.base_model:
             base = entry
@@ -274,6 +281,8 @@ def _check_fit(planned: list[_Planned], sources: Sources) -> None:
         reference = tensor.base or inputs[0]
         expected = sources.architecture(reference.model).info(reference.name)
         for entry in inputs:
+            if entry is reference and (expected is not None or len(inputs) > 1):
+                continue
             found = sources.architecture(entry.model).info(entry.name)
             if found is None or expected is None:
                 lacking = entry if found is None else reference

@@ -14,7 +14,7 @@ from merge_core.errors import RecipeError
 from merge_core.methods import Parameter
 
 
-def value_at(setting: Any, tensor_name: str, t: float) -> float | bool | None:
+def value_at(setting: Any, tensor_name: str, t: float, steps: bool = False) -> float | bool | None:
     """Evaluate one setting for one tensor.
 
     Args:
@@ -32,18 +32,18 @@ def value_at(setting: Any, tensor_name: str, t: float) -> float | bool | None:
             for item in setting:
                 pattern = item.get("filter")
                 if pattern is None or pattern == "*" or pattern in tensor_name:
-                    return value_at(item["value"], tensor_name, t)
+                    return value_at(item["value"], tensor_name, t, steps)
             return None
-        return _gradient(setting, t)
+        return _gradient(setting, t, steps)
     scalar: float | bool | None = setting
     return scalar
 
 
-def _gradient(anchors: list[Any], t: float) -> float | bool:
+def _gradient(anchors: list[Any], t: float, steps: bool) -> float | bool:
     """Interpolate linearly between anchors spread evenly over [0, 1]; booleans step."""
     position = t * (len(anchors) - 1)
     lower = math.floor(position)
-    if isinstance(anchors[0], bool):
+    if steps or isinstance(anchors[0], bool):
         return bool(anchors[lower])
     upper = min(lower + 1, len(anchors) - 1)
     share = position - lower
@@ -67,7 +67,7 @@ def look_up(
     """
     for level in levels:
         if name in level:
-            value = value_at(level[name], tensor_name, t)
+            value = value_at(level[name], tensor_name, t, parameter.kind == "boolean")
             if value is not None:
                 return bool(value) if parameter.kind == "boolean" else float(value)
     if parameter.default is None:

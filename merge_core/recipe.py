@@ -7,6 +7,7 @@ without opening a model is checked here, and every fault found is reported at on
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +120,7 @@ class Recipe(_Part):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text, keys in the usual order."""
-        return yaml.safe_dump(self.as_config(), sort_keys=False, allow_unicode=True, width=99)
+        return yaml.dump(self.as_config(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=99)
 
     def references(self) -> list[str]:
         """List the models the recipe reads, each once, base first, then as written."""
@@ -193,7 +194,9 @@ class Recipe(_Part):
                     places.append((f"slices[{i}]", part.parameters, ""))
                     continue
                 for j, source in enumerate(part.sources):
-                    places.append((f"slices[{i}].sources[{j}]", source.parameters, source.model))
+                    if source.model != part.base_model:
+                        at = f"slices[{i}].sources[{j}]"
+                        places.append((at, source.parameters, source.model))
             if name in method.shared:
                 missing = [""] if self.models else [place for place, given, _ in places]
             else:
@@ -273,9 +276,10 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that also reads 1e-5 as a number and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        self.flatten_mapping(node)
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -285,11 +289,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes what `_Loader` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def load_yaml(path: str | Path) -> Any:
@@ -312,10 +321,14 @@ def load_yaml(path: str | Path) -> Any:
         data = yaml.load(text, Loader=_Loader)
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not UTF-8 text; give a YAML file") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError:
+        raise RecipeError(
+            f"{path}: not valid YAML: nested too deeply; correct the syntax there"
+        ) from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or "nested too deeply"
+        problem = getattr(error, "problem", None) or " ".join(f"{error}".split())
         raise RecipeError(f"{where}: not valid YAML: {problem}; correct the syntax there") from None
     if data is None:
         raise RecipeError(f"{path} is empty; it must hold a mapping with `merge_method:`")

@@ -76,8 +76,7 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
             other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
             place = places.get(other)
         if place is None:
-            if not _is_recomputed(name):
-                faults.append(f"tensor {name} has no place in the model built from config.json")
+            faults.append(f"tensor {name} has no place in the model built from config.json")
         elif place.shape != tensor.shape:
             faults.append(
                 f"tensor {name} is {list(tensor.shape)}; the model built from config.json has "
@@ -98,8 +97,3 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
             + "; ".join(shown)
             + "; use a model whose files belong together"
         )
-
-
-def _is_recomputed(name: str) -> bool:
-    """Buffers that old checkpoints store and Transformers computes itself."""
-    return name.endswith((".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias"))

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_core.methods.job import Source, TensorJob, chunks, exact_sum
+from merge_core.errors import CheckpointError
+from merge_core.methods.job import Source, TensorJob, chunks, row_sums
 from merge_core.randomness import MaskKey, keep_below, keep_mask
 
 # The table of a delta whose magnitudes are nearly all different holds one in so many.
@@ -164,15 +165,16 @@ def _rescaled(job: TensorJob, source: Source, kept: Kept) -> Kept:
     """Set the factor |d|_1 / |d kept|_1 where the recipe asks to rescale (not near zero)."""
     if not job.parameters["rescale"]:
         return kept
-    before = after = 0.0
+    before: list[float] = []
+    after: list[float] = []
     for start, stop, delta in _delta_chunks(job, source):
         mask = kept.mask(delta, start, stop)
         magnitude = delta.abs()
-        before += exact_sum(magnitude)
-        after += exact_sum(magnitude if mask is None else magnitude * mask)
-    if before < 1e-7 or after < 1e-7:
+        before += row_sums(magnitude)
+        after += row_sums(magnitude if mask is None else magnitude * mask)
+    if math.fsum(before) < 1e-7 or math.fsum(after) < 1e-7:
         return kept
-    return replace(kept, rescale=before / after)
+    return replace(kept, rescale=math.fsum(before) / math.fsum(after))
 
 
 def _delta_chunks(job: TensorJob, source: Source) -> Iterator[tuple[int, int, Tensor]]:
@@ -199,7 +201,7 @@ class StatisticsCache:
     def _name(job: TensorJob, source: Source) -> tuple[str, ...]:
         assert job.base is not None
         names = (job.base.model, job.base.input_name, source.model, source.input_name)
-        return (*names, str(source.tensor.dtype))
+        return (*names, str(job.base.tensor.dtype), str(source.tensor.dtype))
 
     def is_zero(self, job: TensorJob, source: Source) -> bool:
         """Tell whether the model's tensor equals the base's in every entry."""
@@ -223,6 +225,11 @@ class StatisticsCache:
             magnitudes = torch.cat(
                 [delta.abs_().to(torch.float32) for _, _, delta in _delta_chunks(job, source)]
             )
+            if magnitudes.isnan().any():
+                raise CheckpointError(
+                    f"tensor {source.input_name} of {source.model}: entries minus the base's are not "
+                    f"numbers (NaN), so they cannot be ranked by size; use a model without NaN"
+                )
             self._ranks[name] = Ranks.of(magnitudes.cpu().numpy())
         return self._ranks[name]
 

@@ -23,6 +23,8 @@ PATTERNS = [
     "*.tiktoken",
     "*.py",
 ]
+# Second copies of the weights (Mistral's and Meta's own format, subfolders of other runtimes).
+IGNORED = ["consolidated*", "*/*.safetensors", "*/*.json"]
 
 
 @cache
@@ -33,15 +35,19 @@ def locate(reference: str) -> Path:
         CheckpointError: no such folder, or no such repository, or no access to it.
         HubUnreachableError: the Hub did not answer.
     """
-    if "+" in reference and not Path(reference).exists():
+    if "+" in reference and not os.path.exists(reference):
         raise CheckpointError(
             f"model {reference!r} names a LoRA adapter after '+', which cannot be merged yet; "
             f"merge the adapter into its base first and name the merged folder"
         )
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(reference).expanduser()
+        is_dir, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"model {reference:.80}: not a path ({error!s:.80}); correct it") from None
+    if is_dir:
         return path
-    if path.exists():
+    if exists:
         raise CheckpointError(f"model {reference!r} is a file; name the folder that holds config.json")
     name, _, revision = reference.partition("@")
     if _can_only_be_a_path(name):
@@ -65,7 +71,9 @@ def _download(reference: str, name: str, revision: str | None) -> Path:
 
     where = f"model {reference!r}: no folder of that name here, and on the Hub"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
+        )
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{where} it is gated; accept its terms on its page and log in with `hf auth login`"
@@ -90,7 +98,8 @@ def _download(reference: str, name: str, revision: str | None) -> Path:
                 f"model {reference!r}: no such folder, and not in the Hub's local cache; correct "
                 f"the path or download it first"
             ) from None
+        reason = " ".join(str(error).split())
         raise HubUnreachableError(
-            f"{where} it could not be looked up ({type(error).__name__}: {error!s:.200}); "
+            f"{where} it could not be looked up ({type(error).__name__}: {reason:.200}); "
             f"correct the path, or try again with a connection to the Hub"
         ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,19 @@ _DTYPES = {
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
+}
+
+_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 
 
@@ -109,7 +123,7 @@ class Checkpoint:
             )
         raise CheckpointError(
             f"model {self.reference!r} has no model.safetensors or {INDEX} in {self.folder}; name "
-            f"the folder of a model saved as safetensors"
+            f"a model saved as safetensors (.bin is not read; convert it with save_pretrained)"
         )
 
     def read(self, name: str) -> Tensor:
@@ -133,6 +147,21 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
+def _entry(info: dict[str, Any]) -> tuple[str, tuple[int, ...], int]:
+    """Check what a header says of one tensor: dtype, shape and where its bytes end.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not a tensor.
+    """
+    dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError("not a number")
+    size = _BYTES.get(dtype)
+    if size is not None and math.prod(shape) * size != stop - start:
+        raise ValueError("shape and bytes differ")
+    return dtype, shape, stop
+
+
 def _read_header(reference: str, path: Path) -> dict[str, TensorInfo]:
     """Read a safetensors header; its format is https://github.com/huggingface/safetensors#format."""
     damaged = f"model {reference!r}: {path} is damaged"
@@ -145,11 +174,7 @@ def _read_header(reference: str, path: Path) -> dict[str, TensorInfo]:
             )
         try:
             header = json.loads(f.read(length))
-            entries = {
-                name: (info["dtype"], tuple(info["shape"]), info["data_offsets"][1])
-                for name, info in header.items()
-                if name != "__metadata__"
-            }
+            entries = {name: _entry(info) for name, info in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise CheckpointError(f"{damaged}: its header cannot be read; download it again") from None
     end = max((stop for _, _, stop in entries.values()), default=0)

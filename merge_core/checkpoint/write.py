@@ -64,12 +64,15 @@ def complete_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
 
     Whatever happens inside, `folder` is either as it was or complete.
     """
+    from safetensors import SafetensorError
+
     check_output(folder, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()  # a symbolic link stays one
     part = folder.parent / f"{folder.name}.part-{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
         yield part
         if folder.is_dir():
             old = folder.parent / f"{folder.name}.part-old-{os.getpid()}"
@@ -78,7 +81,7 @@ def complete_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             part.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(
             f"OUT {folder} could not be written ({error}); nothing was left there"
         ) from error

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from merge_core.errors import shown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -47,16 +49,16 @@ class Parameter:
 
     def _filtered(self, path: str, item: Any) -> list[str]:
         if not isinstance(item, Mapping) or "value" not in item or set(item) - {"filter", "value"}:
-            return [f"{path} is {item!r}; an entry of a filter list is {{filter: NAME, value: ...}}"]
+            return [f"{path} is {shown(item)}; an entry of a filter list is {{filter: NAME, value: ...}}"]
         return self.faults(f"{path}.value", item["value"])
 
     def _scalar(self, path: str, value: Any) -> list[str]:
         if self.kind == "boolean":
             if isinstance(value, bool) or value in (0, 1):
                 return []
-            return [f"{path} is {value!r}; it must be true or false"]
+            return [f"{path} is {shown(value)}; it must be true or false"]
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return [f"{path} is {value!r}; it must be a finite number"]
+            return [f"{path} is {shown(value)}; it must be a finite number"]
         if not self.low <= value <= self.high:
             return [f"{path} is {value}; it must lie in [{self.low:g}, {self.high:g}]"]
         return []

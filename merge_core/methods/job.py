@@ -90,13 +90,14 @@ def by_chunks(job: TensorJob, compute: Callable[[int, int], Tensor]) -> Tensor:
     return out
 
 
-def exact_sum(values: Tensor) -> float:
-    """Sum in float64, in an order that does not depend on the number of threads.
+def row_sums(values: Tensor) -> list[float]:
+    """Sum rows of fixed length in float64; `math.fsum` of all rows is the same however they are cut.
 
     Args:
-        values: shape (n,), n at most CHUNK.
+        values: shape (n,); a chunk, whose start is a multiple of the row length.
     """
-    n_rows = values.numel() // _ROW
-    head, tail = values[: n_rows * _ROW], values[n_rows * _ROW :]
-    rows = head.view(n_rows, _ROW).sum(dim=1, dtype=torch.float64)
-    return float(rows.sum()) + float(tail.sum(dtype=torch.float64))
+    n_whole = values.numel() // _ROW * _ROW
+    rows: list[float] = values[:n_whole].view(-1, _ROW).sum(dim=1, dtype=torch.float64).tolist()
+    if n_whole < values.numel():
+        rows.append(float(values[n_whole:].sum(dtype=torch.float64)))
+    return rows

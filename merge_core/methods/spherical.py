@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from merge_core.methods.job import TensorJob, by_chunks, chunks, exact_sum
+from merge_core.methods.job import TensorJob, by_chunks, chunks, row_sums
 
 # Above this cosine the arc is nearly a line, and sin(theta) would amplify rounding.
 _PARALLEL = 0.9995
@@ -26,12 +26,12 @@ def slerp(job: TensorJob) -> Tensor:
     assert job.base is not None
     a, b = job.base.tensor.reshape(-1), job.sources[0].tensor.reshape(-1)
     t = job.parameters["t"]
-    aa = bb = ab = 0.0
+    sums: tuple[list[float], ...] = ([], [], [])
     for start, stop in chunks(a.numel()):
         x, y = a[start:stop].to(job.work_dtype), b[start:stop].to(job.work_dtype)
-        aa += exact_sum(x * x)
-        bb += exact_sum(y * y)
-        ab += exact_sum(x * y)
+        for rows, product in zip(sums, (x * x, y * y, x * y), strict=True):
+            rows += row_sums(product)
+    aa, bb, ab = map(math.fsum, sums)
     norm_a, norm_b = (math.sqrt(s) if math.sqrt(s) > 1e-8 else 1.0 for s in (aa, bb))
     cosine = max(-1.0, min(1.0, ab / (norm_a * norm_b)))
     if abs(cosine) > _PARALLEL:
