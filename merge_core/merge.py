@@ -121,18 +121,19 @@ def merged_tensors(
     sources = sources or Sources()
     plan = plan_merge(recipe, sources)
     wanted = [planned for planned in plan if names is None or planned.name in names]
-    return _in_parallel(recipe, wanted, sources, torch.device(device))
+    place = torch.device(device)
+    n_threads = torch.get_num_threads() if place.type == "cpu" else 1
+    return _in_parallel(recipe, wanted, sources, place, n_threads)
 
 
 def _in_parallel(
-    recipe: Recipe, wanted: list[_Planned], sources: Sources, device: torch.device
+    recipe: Recipe, wanted: list[_Planned], sources: Sources, device: torch.device, n_threads: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge a few tensors ahead, each on one thread, and hand them out in order.
 
     One tensor a thread is twice as fast here as one operation on all threads, whose barriers cost
     more than the work on a chunk, and it does not suffer where other processes want the cores.
     """
-    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     if n_threads == 1:
         for planned in wanted:
             yield planned.name, _merge_one(recipe, planned, sources, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
     prefix = f"{model.base_model_prefix}."
     filled: set[int] = set()
     faults = []
-    for name, tensor in stream:
+    for name, tensor in _copied_by_one_thread(stream):
         place = places.get(name)
         if place is None:
             other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
@@ -97,3 +97,13 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
             + "; ".join(shown)
             + "; use a model whose files belong together"
         )
+
+
+def _copied_by_one_thread(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Use one thread between the tensors: the others are merging the next ones meanwhile."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from stream
+    finally:
+        torch.set_num_threads(n_threads)

@@ -74,7 +74,8 @@ class Kept:
         tied = _positions(magnitude, self.threshold.magnitude, self.threshold.magnitude)
         if tied.numel():
             index = tied + start
-            kept[tied] = keep_below(self.key, index, self.threshold.kept, self.threshold.tied)
+            chosen = keep_below(self.key, index, self.threshold.kept, self.threshold.tied)
+            kept.index_copy_(0, tied, chosen)
         return kept
 
 

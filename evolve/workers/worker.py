@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -126,9 +126,10 @@ class Worker:
         seconds = result.seconds
         try:
             began = time.perf_counter()
+            with boundary(TrialMergeError, "merging"):
+                stream = merged_tensors(job.recipe, self.sources, device=self.setup.engine.device)
             with boundary(TrialEngineError, "loading the merged weights"):
-                stream = self._merge(job.recipe, seconds)
-                self.engine.load(stream)
+                self.engine.load(_timed(stream, seconds))
             seconds.load = time.perf_counter() - began - seconds.merge
             began = time.perf_counter()
             for prompting in job.promptings:
@@ -144,19 +145,14 @@ class Worker:
             result.failure = (error.kind, str(error))
         return result
 
-    def _merge(self, recipe: Recipe, seconds: Seconds) -> Iterator[tuple[str, Tensor]]:
-        """Time the merge apart from the loading that consumes it."""
+
+def _timed(stream: Iterator[tuple[str, Tensor]], seconds: Seconds) -> Iterator[tuple[str, Tensor]]:
+    """Time the merge apart from the loading that consumes it."""
+    while True:
         began = time.perf_counter()
         with boundary(TrialMergeError, "merging"):
-            stream: Iterable[tuple[str, Tensor]] = merged_tensors(
-                recipe, self.sources, device=self.setup.engine.device
-            )
-            stream = iter(stream)
-        while True:
-            with boundary(TrialMergeError, "merging"):
-                item = next(stream, None)
-            seconds.merge += time.perf_counter() - began
-            if item is None:
-                return
-            yield item
-            began = time.perf_counter()
+            item = next(stream, None)
+        seconds.merge += time.perf_counter() - began
+        if item is None:
+            return
+        yield item

@@ -112,9 +112,9 @@ def _elect(deltas: list[Tensor], weights: list[float], normalize: bool) -> Tenso
     Returns:
         Shape (n,).
     """
-    total = sum(deltas[1:], deltas[0])
+    total: Tensor = sum(deltas[1:], deltas[0])
     # Signs as +1 and -1: torch multiplies floats many times faster than it selects by booleans.
-    sign = torch.ge(total, 0, out=torch.empty_like(deltas[0])).mul_(2).sub_(1)
+    sign = torch.copysign(torch.ones((), dtype=total.dtype, device=total.device), total)
     mixed = divisor = None
     for delta, weight in zip(deltas, weights, strict=True):
         agreeing = delta.mul_(sign).relu_()
