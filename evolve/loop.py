@@ -24,8 +24,9 @@ from evolve.tasks import SPLITS, Outcomes, Split
 from evolve.verdict import Verdict, baseline_jobs, conclude
 from evolve.workers import Pool
 from evolve.workers.local import LocalPool
-from evolve.workers.worker import Job, Result, Worker
+from evolve.workers.worker import Job, Result, Seconds, Worker
 from merge_core.checkpoint.write import write_text
+from merge_core.errors import RecipeError
 from merge_core.recipe import Recipe
 
 Progress = Callable[[str, Study, Plan], None]
@@ -125,7 +126,11 @@ def search(study: Study, plan: Plan, pool: Pool, told: Callable[[], None]) -> No
                 study.begin(number, proposal, plan.space.distributions())
             else:
                 break
-            recipe = plan.space.recipe(values)
+            try:
+                recipe = plan.space.recipe(values)
+            except RecipeError as error:  # choices that each are right may not go together
+                study.fail(number, "recipe", str(error), Seconds())
+                continue
             pool.submit(Job(str(number), "trial", recipe, ("search",), (plan.setup.prompting,)))
             pending += 1
         if not pending:

@@ -6,6 +6,8 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -23,18 +25,21 @@ LINE_EVERY_S = 5.0
 
 
 class ProgressLine:
-    """Progress on stderr: candidates done, best so far, the split of seconds, time left."""
+    """Progress on stderr and in DIR/run.log: candidates done, best, the split of seconds, time left."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._began = time.monotonic()
         self._n_before = 0
         self._last_line = 0.0
+        self._log: Path | None = None
+        self._scores_baselines = False
         self._status = self._console.status("") if self._console.is_terminal else None
 
     def __call__(self, event: str, study: Study, plan: Plan) -> None:
         """Show an event of the loop."""
         trials = study.trials()
+        self._log = study.folder / "run.log"
         if event == "starting":
             self._say(
                 f"{study.name}: {len(plan.space.variables)} variables, sampler "
@@ -51,7 +56,8 @@ class ProgressLine:
         elif event == "told":
             self._told(trials, plan)
         elif event == "baseline":
-            self._show("scoring baselines and winner on the holdout", is_due=False)
+            self._show("scoring baselines and winner on the holdout", is_due=not self._scores_baselines)
+            self._scores_baselines = True
         elif event == "verdict" and self._status:
             self._status.stop()
 
@@ -69,14 +75,22 @@ class ProgressLine:
         )
 
     def _show(self, text: str, is_due: bool) -> None:
+        """Update the live line, or print one where there is no terminal and it is time."""
         if self._status:
             self._status.update(text)
+            self._write(text)
         elif is_due:
             self._last_line = time.monotonic()
             self._say(text)
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False)
+        self._write(text)
+
+    def _write(self, text: str) -> None:
+        if self._log:
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
 
     def close(self) -> None:
         """Take the live line away."""

@@ -206,6 +206,23 @@ def test_a_failed_candidate_is_a_failed_trial_and_never_wins(tmp_path: Path) -> 
     assert result.best.number not in [t.number for t in failed]
 
 
+def test_choices_that_do_not_go_together_fail_as_trials(tmp_path: Path) -> None:
+    data = small(8).as_dict()
+    base, (one, two, _) = data["base_model"], [m["model"] for m in data["models"]]
+    data["models"] = [
+        {"model": {"choices": [model, base]}, "parameters": {"weight": {"low": 0.4, "high": 0.9}}}
+        for model in (one, two)
+    ]
+    data["search"] |= {"sampler": "random", "max_failed_share": 1.0}
+    trials = run(SearchFile(data), folder=tmp_path / "s").study.trials()
+    for trial in trials:
+        is_nothing = all(trial.params[f"models[{i}].model"] == base for i in (0, 1))
+        assert trial.state == (TrialState.FAIL if is_nothing else TrialState.COMPLETE)
+    kinds = [t.user_attrs["failure"]["kind"] for t in trials if t.state == TrialState.FAIL]
+    assert kinds
+    assert set(kinds) == {"recipe"}
+
+
 def test_too_many_failures_stop_the_search_and_name_the_cause(tmp_path: Path) -> None:
     file = failing(12, -1.0)
     file = file.changed(search={"max_failed_share": 0.01})
