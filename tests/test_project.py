@@ -9,6 +9,7 @@ import pytest
 
 from evolve.search_file import SearchFile
 from evolve.space import Space
+from merge_core.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("merge_core", "evolve")
@@ -117,8 +118,11 @@ def test_the_readmes_links_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yml")), ids=lambda path: path.name)
-def test_every_example_is_a_good_search_file(path: Path) -> None:
+def test_every_example_is_a_good_search_file_or_recipe(path: Path) -> None:
     file = SearchFile.load(path)
+    if not file.tasks:
+        Recipe.load(path)
+        return
     space = Space(file.template, file.search.layer_granularity, lambda: 12)
     assert space.values(space.recipe(space.starts())) == space.starts()
 
