@@ -194,7 +194,12 @@ def export(
         study.note("documents"),
     )
     if output:
-        write_text(output, text)
+        try:
+            write_text(output, text)
+        except OSError as error:
+            raise SearchFileError(
+                f"-o is {output}, which cannot be written ({error.strerror}); name another file"
+            ) from None
     else:
         print(text, end="")
 
@@ -230,6 +235,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge models as a recipe says, and write the result."""
+    from evolve.engines import resolve_device
     from merge_core.checkpoint.write import check_output, has_tokenizer
     from merge_core.merge import Sources, donor, plan_merge, save_merged
     from merge_core.recipe import Recipe, load_yaml
@@ -238,6 +244,7 @@ def merge(
     if isinstance(data, dict) and random_seed is not None:
         data["random_seed"] = random_seed
     parsed = Recipe.parse(data, strict)
+    device = resolve_device("cuda" if cuda else device)
     shard_bytes = _bytes("--out-shard-size", out_shard_size)
     check_output(out, overwrite)
     for warning in parsed.check()[1]:
@@ -258,7 +265,7 @@ def merge(
         overwrite=overwrite,
         shard_bytes=shard_bytes,
         with_tokenizer=copy_tokenizer,
-        device="cuda" if cuda else device,
+        device=device,
     )
     print(f"wrote {out}")
 
@@ -269,7 +276,7 @@ def _bytes(option: str, text: str) -> int:
     unit = units.get(text[-1:].upper())
     try:
         return int(float(text[:-1]) * unit) if unit else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise RecipeError(
             f"{option} is {text!r}; it must be a number of bytes such as 5B, 500M or 0"
         ) from None

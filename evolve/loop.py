@@ -29,7 +29,7 @@ from merge_core.checkpoint.write import write_text
 from merge_core.errors import RecipeError
 from merge_core.recipe import Recipe
 
-Progress = Callable[[str, Study, Plan], None]
+Progress = Callable[[str, Study | None, Plan], None]
 # Before so many candidates have finished, a share of failures says little.
 _FEW = 5
 
@@ -74,7 +74,8 @@ def run(
         search_file: what to search.
         folder: the storage path; it is made, or resumed where it holds this search.
         storage: URL of another storage than folder/study.db.
-        progress: called after each event with "started", "told", "baseline" or "verdict".
+        progress: called with "starting" (before there is a study), "started", "told", "baseline"
+            and "verdict".
 
     Raises:
         SearchFileError, ResumeRefusedError: the input is at fault; nothing was written.
@@ -88,20 +89,27 @@ def run(
         trust_remote_code=trust_remote_code,
         allow_unsafe_code=allow_unsafe_code,
     )
-    study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
-    study.keep_note("documents", plan.documents())
-    study.keep_note("n_layers", plan.n_layers)
-    if (kept := _kept_verdict(study, plan)) is not None:
-        return _result(study, plan, kept, was_complete=True)
-    progress("starting", study, plan)
+    if Study.is_in(folder):
+        study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
+        if (kept := _kept_verdict(study, plan)) is not None:
+            return _result(study, plan, kept, was_complete=True)
+    # A new search writes nothing before its engine is up.
+    progress("starting", None, plan)
     pool = start_pool(plan, workers or Workers())
     try:
-        progress("started", study, plan)
-        search(study, plan, pool, lambda: progress("told", study, plan))
-        verdict = judge(study, plan, pool, lambda: progress("baseline", study, plan))
+        study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
+        with study.locked():
+            study.keep_note("documents", plan.documents())
+            study.keep_note("n_layers", plan.n_layers)
+            progress("started", study, plan)
+            try:
+                search(study, plan, pool, lambda: progress("told", study, plan))
+                verdict = judge(study, plan, pool, lambda: progress("baseline", study, plan))
+            finally:
+                spent = (study.note("seconds_total") or 0) + time.monotonic() - began
+                study.keep_note("seconds_total", spent)
     finally:
         pool.close()
-        study.keep_note("seconds_total", (study.note("seconds_total") or 0) + time.monotonic() - began)
     progress("verdict", study, plan)
     return _result(study, plan, verdict, was_complete=False)
 
@@ -111,7 +119,7 @@ def search(study: Study, plan: Plan, pool: Pool, told: Callable[[], None]) -> No
     settings = plan.search_file.search
     sampler = make_sampler(settings.sampler, plan.space, settings.seed)
     deadline = time.monotonic() + (settings.timeout_s or float("inf"))
-    interrupted = [t for t in study.trials() if t.state == TrialState.RUNNING][: settings.n_iterations]
+    interrupted = [t for t in study.trials()[: settings.n_iterations] if t.state == TrialState.RUNNING]
     pending = 0
     while True:
         while pending < pool.size and time.monotonic() < deadline:
@@ -130,6 +138,7 @@ def search(study: Study, plan: Plan, pool: Pool, told: Callable[[], None]) -> No
                 recipe = plan.space.recipe(values)
             except RecipeError as error:  # choices that each are right may not go together
                 study.fail(number, "recipe", str(error), Seconds())
+                _stop_if_hopeless(study, settings.max_failed_share)
                 continue
             pool.submit(Job(str(number), "trial", recipe, ("search",), (plan.setup.prompting,)))
             pending += 1
@@ -207,7 +216,16 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
     if "holdout" in splits:
         job = Job(str(best.number), "winner", recipe, ("holdout",), (plan.setup.prompting,))
         winner = _kept_outcomes(study, plan, pool, job, f"holdout-{best.number}", scored)
-    verdict = conclude(plan.tasks, best.number, winner["holdout"] if winner else {}, baselines)
+    if winner is None:
+        _, kind, text = study.note(f"holdout-{best.number} failed")
+        raise SearchStoppedError(
+            f"the winner, trial {best.number}, could not be scored on the holdout ({kind}: {text}); "
+            f"run the same command again to try once more"
+        )
+    verdict = conclude(plan.tasks, best.number, winner["holdout"], baselines)
+    if unscored := [job.name for job in jobs if job.name not in baselines]:
+        text = f"{verdict.text}; not compared with {', '.join(unscored)}, which could not be scored"
+        verdict = replace(verdict, text=text)
     write_best(study, plan, best, verdict)
     finished = sum(t.state != TrialState.RUNNING for t in study.trials())
     study.keep_note("verdict", {**asdict(verdict), "finished": finished})
@@ -243,7 +261,9 @@ def start_pool(plan: Plan, workers: Workers) -> Pool:
         return LocalPool(Worker(plan.setup, plan.tasks, plan.sources))
     from evolve.workers.ray import RayPool
 
-    return RayPool(plan.setup, workers.count, workers.gpus_each, workers.ray_address)
+    on_gpu = plan.setup.engine.device.startswith("cuda")
+    gpus_each = workers.gpus_each or (1 if on_gpu else 0)
+    return RayPool(plan.setup, workers.count, gpus_each, workers.ray_address)
 
 
 def _result(study: Study, plan: Plan, verdict: Verdict | None, was_complete: bool) -> StudyResult:
@@ -255,6 +275,9 @@ def _result(study: Study, plan: Plan, verdict: Verdict | None, was_complete: boo
 def _kept_verdict(study: Study, plan: Plan) -> Verdict | None:
     """Recall the verdict of a search that is complete."""
     note = study.note("verdict")
-    if note is None or note["finished"] < plan.search_file.search.n_iterations:
+    best = study.best()
+    if note is None or best is None or note["trial"] != best.number:
+        return None
+    if note["finished"] < plan.search_file.search.n_iterations:
         return None
     return Verdict.recalled(note)

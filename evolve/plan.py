@@ -41,6 +41,7 @@ class Plan:
         return {
             "recipe": self.search_file.template,
             "tasks": settings["tasks"],
+            "documents": self.documents(),
             "scoring": settings["scoring"],
             "seed": self.search_file.search.seed,
             "objective": self.search_file.search.objective,
@@ -88,9 +89,8 @@ def make_plan(
     backend = resolve_backend(search_file.scoring.backend, device)
 
     def n_layers() -> int:
-        template = search_file.template
-        reference = template.get("base_model") or template["models"][0]["model"]
-        return sources.architecture(reference).n_layers
+        plain = Space(search_file.template)
+        return sources.architecture(donor(plain.recipe(plain.starts()))).n_layers
 
     try:
         space = Space(search_file.template, search_file.search.layer_granularity, n_layers)
@@ -138,6 +138,7 @@ def _model_faults(space: Space, start: Recipe, sources: Sources) -> list[str]:
     try:
         plan_merge(start, sources)
         config = merged_config(start, sources)
+        dtypes = {_dtype(merged_config(recipe, sources)) for recipe in _corners(space)}
     except MergeError as error:
         return list(error.faults)
     folder = sources.architecture(donor(start)).checkpoint.folder
@@ -145,15 +146,29 @@ def _model_faults(space: Space, start: Recipe, sources: Sources) -> list[str]:
         faults.append(
             f"model {donor(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
         )
+    if len(dtypes) > 1:  # the engine has one dtype: what it scored would not be what is shipped
+        faults.append(
+            f"dtype: candidates would have dtypes {sorted(map(str, dtypes))}, and the engine "
+            f"runs in one; fix dtype (and out_dtype)"
+        )
     kind = config.get("model_type")
     if not kind and "auto_map" not in config:
         faults.append(f"{folder / 'config.json'} has no model_type; use a Transformers model")
     return faults
 
 
-def _references(space: Space) -> list[str]:
+def _dtype(config: dict[str, Any]) -> Any:
+    return config.get("dtype") or config.get("torch_dtype")
+
+
+def _corners(space: Space) -> list[Recipe]:
+    """The recipe at the starts, and with each choice in turn."""
     starts = space.starts()
     corners = [starts] + [
         {**starts, v.name: choice} for v in space.variables for choice in v.choices or ()
     ]
-    return list(dict.fromkeys(model for values in corners for model in space.recipe(values).references()))
+    return [space.recipe(values) for values in corners]
+
+
+def _references(space: Space) -> list[str]:
+    return list(dict.fromkeys(model for recipe in _corners(space) for model in recipe.references()))

@@ -36,13 +36,13 @@ class ProgressLine:
         self._scores_baselines = False
         self._status = self._console.status("") if self._console.is_terminal else None
 
-    def __call__(self, event: str, study: Study, plan: Plan) -> None:
+    def __call__(self, event: str, study: Study | None, plan: Plan) -> None:
         """Show an event of the loop."""
-        trials = study.trials()
-        self._log = study.folder / "run.log"
+        trials = study.trials() if study else []
+        self._log = study.folder / "run.log" if study else None
         if event == "starting":
             self._say(
-                f"{study.name}: {len(plan.space.variables)} variables, sampler "
+                f"{plan.search_file.name}: {len(plan.space.variables)} variables, sampler "
                 f"{plan.search_file.search.sampler} ({plan.why_sampler}), {plan.tasks.n_documents} "
                 f"search documents a candidate; starting the {plan.setup.backend} engine"
             )
@@ -65,7 +65,8 @@ class ProgressLine:
         done = [trial for trial in trials if trial.state != TrialState.RUNNING]
         n = plan.search_file.search.n_iterations
         values = [trial.value for trial in done if trial.value is not None]
-        last = done[-1].user_attrs.get("seconds", {})
+        latest = max(done, key=lambda trial: int(trial.user_attrs.get("told", -1)))
+        last = latest.user_attrs.get("seconds", {})
         each = (time.monotonic() - self._began) / max(1, len(done) - self._n_before)
         self._show(
             f"{len(done)}/{n} candidates, best {max(values, default=float('nan')):.4f}; last: "
@@ -132,9 +133,10 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
             for b in (verdict.baselines if verdict else [])
         ],
-        "gain": _gain_json(verdict),
+        "gain": _gain_json(verdict) if is_current else None,
         "verdict": _text(verdict, is_current),
-        "seconds": {**seconds, "total": study.note("seconds_total") or 0.0},
+        # A run that was killed could not add its time to the total.
+        "seconds": {**seconds, "total": max(study.note("seconds_total") or 0.0, sum(seconds.values()))},
         "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished),
     }
 
@@ -157,7 +159,7 @@ def _intervals_json(intervals: dict[str, Interval]) -> dict[str, Any]:
 
 def print_result(data: dict[str, Any], folder: str) -> None:
     """Print the result table, the verdict and how to go on, to stdout."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     best = data["best"]
     if best is None:
         console.print("no candidate completed", markup=False)
@@ -199,7 +201,7 @@ def _cell(score: float | dict[str, float]) -> str:
 
 def print_scores(models: list[dict[str, Any]]) -> None:
     """Print the table of `evolve eval`."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     table = Table()
     table.add_column("model", overflow="fold")
     tasks = list(models[0]["scores"]) if models else []
@@ -212,7 +214,7 @@ def print_scores(models: list[dict[str, Any]]) -> None:
 
 def print_check(plan: Plan) -> None:
     """Print what a search would do."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     table = Table(title="variables")
     for column in ("name", "low", "high", "start"):
         table.add_column(column)

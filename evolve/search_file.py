@@ -21,7 +21,7 @@ SECTIONS = ("tasks", "search", "scoring")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class TaskSpec(_Section):

@@ -126,7 +126,7 @@ class Space:
         self._faults: list[str] = []
         self._group: tuple[int, int] | None = None
         if layer_granularity and n_layers:
-            self._group = self._groups(template, layer_granularity, n_layers())
+            self._group = self._groups(template, layer_granularity, n_layers)
         self._filled = self._compile(template, "", in_parameters=False)
         if not self.variables and not self._faults:
             self._faults.append(
@@ -139,13 +139,15 @@ class Space:
             raise SearchFileError(self._faults)
 
     def _groups(
-        self, template: Mapping[str, Any], granularity: int, n_layers: int
+        self, template: Mapping[str, Any], granularity: int, count_layers: Callable[[], int]
     ) -> tuple[int, int] | None:
         if "models" not in template:
             self._faults.append(
                 f"search.layer_granularity is {granularity}; it goes with `models:` only, remove it"
             )
-        elif n_layers % granularity:
+            return None
+        n_layers = count_layers()
+        if n_layers % granularity:
             divisors = [d for d in range(1, n_layers + 1) if n_layers % d == 0]
             self._faults.append(
                 f"search.layer_granularity is {granularity}, which does not divide the {n_layers} "
@@ -199,6 +201,20 @@ class Space:
             variable = Variable(name, low, high, None, bool(node.get("log", False)), node.get("step"))
             start = node["start"] if "start" in node else variable.from_unit(0.5)
             variable = replace(variable, start=start)
+            if variable.step is not None:
+                # As Optuna does: the last value that steps from `low` reach.
+                n_steps = math.floor((high - low) / variable.step + 1e-8)
+                high = min(high, round(low + n_steps * variable.step, 12))
+                variable = replace(variable, high=high)
+                nearest_value = variable.from_unit(variable.to_unit(start)) if high > low else start
+                if high <= low:
+                    self._faults.append(f"{name}.step is {variable.step}; it must be at most high - low")
+                elif "start" not in node:
+                    variable = replace(variable, start=nearest_value)
+                elif abs(float(nearest_value) - float(start)) > 1e-8:  # type: ignore[arg-type]
+                    self._faults.append(
+                        f"{name}.start is {start}, between two steps; the nearest is {nearest_value:g}"
+                    )
         names: tuple[str, ...] = (name,)
         repeat = 0
         if points is not None:

@@ -7,9 +7,11 @@ and an interrupted one stays RUNNING, to be evaluated again under the same numbe
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from evolve.errors import ResumeRefusedError, SearchFileError, StorageError
 from evolve.samplers import Proposal
@@ -63,23 +65,56 @@ class Study:
             ResumeRefusedError: the storage holds another search.
             StorageError: the storage cannot be reached.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SearchFileError(
+                f"--storage-path is {folder}, which cannot be made a folder "
+                f"({error.strerror}); name another"
+            ) from None
         name = folder.resolve().name.removesuffix("-search")
         storage = _open_storage(folder, url)
         study_id = _find_study(storage, name)
         if study_id is None:
             study_id = storage.create_new_study([StudyDirection.MAXIMIZE], name)
+        # Also where a run was killed between making the study and saying what it is.
+        if "identity" not in storage.get_study_user_attrs(study_id):
             storage.set_study_user_attr(study_id, "identity", json.dumps(identity))
         study = cls(folder, name, storage, study_id)
         study._refuse_other(identity)
         (folder / "outcomes").mkdir(exist_ok=True)
-        shown = make_url(url).render_as_string(hide_password=True) if url else None
+        # Without the password, not with stars for it: then the driver's own ways (PGPASSWORD) work.
+        shown = make_url(url).set(password=None).render_as_string() if url else None
         write_text(folder / "study.json", json.dumps({"study": name, "storage": shown}) + "\n")
         write_text(folder / "search.yml", search_file.to_yaml())
         return study
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Tell whether a folder holds a study."""
+        return (folder / "study.json").is_file()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder; the lock ends with the process, however that ends.
+
+        Raises:
+            ResumeRefusedError: another run is at work there.
+        """
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise ResumeRefusedError(
+                f"--storage-path is {self.folder}, where another `evolve run` is at work; wait for "
+                f"it, or give another one"
+            ) from None
+        finally:
+            os.close(descriptor)
+
     @classmethod
-    def open(cls, folder: Path, url: str | None = None) -> Study:
+    def open(cls, folder: Path) -> Study:
         """Open an existing study.
 
         Raises:
@@ -92,7 +127,9 @@ class Study:
             raise SearchFileError(
                 f"DIR is {folder}, which holds no search; name the storage path of an `evolve run`"
             ) from None
-        storage = _open_storage(folder, url or about["storage"])
+        if not about["storage"] and not (folder / "study.db").is_file():
+            raise SearchFileError(f"DIR is {folder}, whose study.db is gone; restore it")
+        storage = _open_storage(folder, about["storage"])
         study_id = _find_study(storage, about["study"])
         if study_id is None:
             raise SearchFileError(f"DIR is {folder}; its storage has no study {about['study']!r}")
@@ -218,6 +255,10 @@ def _open_storage(folder: Path, url: str | None) -> BaseStorage:
             )
         shown = make_url(url).render_as_string(hide_password=True)
         return RDBStorage(url)
+    except ArgumentError:
+        raise SearchFileError(
+            "--storage is no database URL; write one such as postgresql://user@host/name"
+        ) from None
     except ImportError as error:
         raise SearchFileError(
             f"--storage is {shown}; its driver is missing ({error}), install it"

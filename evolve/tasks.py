@@ -94,13 +94,15 @@ class ScoredTask:
         for outcome in outcomes:
             values[outcome.leaf].append(outcome.value)
         with boundary(TrialTaskError, f"aggregating {self.key}"):
-            scores = [float(self._aggregation(leaf)(values[leaf.name])) for leaf in self.leaves]
+            # A small holdout may leave a group's small leaf without documents.
+            leaves = [leaf for leaf in self.leaves if values[leaf.name]]
+            scores = [float(self._aggregation(leaf)(values[leaf.name])) for leaf in leaves]
             if self.weight_by_size is None:
                 total = scores[0]
             else:
                 from lm_eval.api.metrics import aggregate_subtask_metrics
 
-                sizes = [len(values[leaf.name]) for leaf in self.leaves]
+                sizes = [len(values[leaf.name]) for leaf in leaves]
                 total = float(aggregate_subtask_metrics(scores, sizes, self.weight_by_size))
         if not math.isfinite(total):
             raise TrialTaskError(f"{self.key}: the score is {total}, not a finite number")
@@ -132,7 +134,6 @@ class TaskSet:
         scoring: limits, few-shot, task paths.
         seed: draws the documents; few-shot examples keep lm-eval's own seed.
         allow_unsafe_code: allow tasks that execute what a model wrote.
-        everything: put all documents into the search split, up to `limit`.
 
     Raises:
         SearchFileError: unknown tasks or metrics, with every fault found.
@@ -146,15 +147,16 @@ class TaskSet:
         seed: int,
         *,
         allow_unsafe_code: bool = False,
-        everything: bool = False,
     ) -> None:
         if not specs:
             raise SearchFileError("tasks: no task is named; list at least one, or give --task NAME")
-        self.scoring = replace_holdout(scoring) if everything else scoring
+        self.scoring = scoring
         self.seed = seed
         faults: list[str] = []
-        names = list(dict.fromkeys(spec.name for spec in specs))
-        loaded = _load(names, scoring, allow_unsafe_code, faults)
+        places: dict[str, int] = {}
+        for i, spec in enumerate(specs):
+            places.setdefault(spec.name, i)
+        loaded = _load(places, scoring, allow_unsafe_code, faults)
         self.tasks: list[ScoredTask] = []
         repeated = Counter(spec.name for spec in specs)
         drawn: dict[str, tuple[Leaf, ...]] = {}
@@ -166,6 +168,11 @@ class TaskSet:
                 try:
                     task = _scored(f"tasks[{i}]", spec, item, drawn[spec.name], repeated[spec.name] > 1)
                     self.tasks.append(task)
+                    if self.scoring.holdout and not task.n_documents("holdout"):
+                        faults.append(
+                            f"scoring.holdout is {self.scoring.holdout:g}, which keeps no document of "
+                            f"{spec.name}; raise it, or set it to 0"
+                        )
                 except SearchFileError as error:
                     faults += error.faults
         keys = Counter(task.key for task in self.tasks)
@@ -217,11 +224,6 @@ class TaskSet:
         return sum(task.sign * task.weight * scores[task.key] for task in self.tasks)
 
 
-def replace_holdout(scoring: ScoringSettings) -> ScoringSettings:
-    """Return the settings with no documents held out."""
-    return scoring.model_copy(update={"holdout": 0.0})
-
-
 def _spread(count: int, sizes: Sequence[int], most: Sequence[int], floor: int) -> list[int]:
     """Split `count` in proportion to `sizes` (largest remainders), within [floor, most] each."""
     total = sum(sizes)
@@ -247,9 +249,12 @@ class _Loaded:
 
 
 def _load(
-    names: Sequence[str], scoring: ScoringSettings, allow_unsafe_code: bool, faults: list[str]
+    places: Mapping[str, int], scoring: ScoringSettings, allow_unsafe_code: bool, faults: list[str]
 ) -> dict[str, _Loaded]:
-    """Load tasks by name, from `task_paths` first, then from lm-eval's own."""
+    """Load tasks by name, from `task_paths` first, then from lm-eval's own.
+
+    `places` says where in `tasks:` each name stands first.
+    """
     _quiet_lm_eval()
     from lm_eval.api.group import Group
     from lm_eval.tasks import TaskManager
@@ -264,7 +269,7 @@ def _load(
         ]
     paths = [path.resolve() for path in paths if path.is_dir()]
     manager = TaskManager(include_path=paths, include_defaults=False)
-    missing = [name for name in names if name not in manager.all_tasks]
+    missing = [name for name in places if name not in manager.all_tasks]
     known: Iterable[str] = manager.all_tasks
     if missing:
         known = {*known, *_names_in_lm_eval()}
@@ -273,7 +278,7 @@ def _load(
             manager = TaskManager(include_path=paths, include_defaults=True)
             known = manager.all_tasks
     loaded: dict[str, _Loaded] = {}
-    for i, name in enumerate(names):
+    for name, i in places.items():
         if name not in known or name not in manager.all_tasks:
             folders = ", ".join(str(path) for path in scoring.task_paths)
             faults.append(

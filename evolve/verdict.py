@@ -154,10 +154,18 @@ def gain_interval(tasks: TaskSet, winner: Outcomes, baseline: Outcomes) -> Inter
     value = tasks.objective(tasks.scores(winner)) - tasks.objective(tasks.scores(baseline))
     rng = np.random.default_rng(tasks.seed)
     samples = np.zeros(N_RESAMPLES)
+    states: dict[tuple[str, ...], Any] = {}
     for task in tasks.tasks:
-        samples += (
-            task.sign * task.weight * _resampled_gains(task, winner[task.key], baseline[task.key], rng)
-        )
+        # Two metrics of one task are two views of the same documents: draw the same ones for both.
+        leaves = tuple(leaf.name for leaf in task.leaves)
+        draws = rng
+        if leaves in states:
+            draws = np.random.default_rng()
+            draws.bit_generator.state = states[leaves]
+        else:
+            states[leaves] = rng.bit_generator.state
+        gains = _resampled_gains(task, winner[task.key], baseline[task.key], draws)
+        samples += task.sign * task.weight * gains
     return Interval(value, *_percentiles(samples))
 
 

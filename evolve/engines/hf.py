@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from evolve.engines import EngineSettings
+from evolve.errors import SearchFileError
 from merge_core.errors import CheckpointError
 from merge_core.merge import Sources, donor, load_merged, model_alone
 from merge_core.recipe import Recipe
@@ -104,9 +105,16 @@ class HfEngine:
         folder = tokenizer or self._settings.folder
         if folder not in self._lms:
             options = {"batch_size": DEFAULT_BATCH_SIZE, **self._settings.options}
-            self._lms[folder] = ResidentLM(
-                self.model, load_tokenizer(folder, self._settings.trust_remote_code), **options
-            )
+            tokenizer_there = load_tokenizer(folder, self._settings.trust_remote_code)
+            try:
+                self._lms[folder] = ResidentLM(self.model, tokenizer_there, **options)
+            except (TypeError, ValueError) as error:
+                if not self._settings.options:
+                    raise
+                raise SearchFileError(
+                    f"scoring.engine is {self._settings.options}; the hf engine cannot start with it "
+                    f"({str(error)[:200]}), correct it"
+                ) from error
         return self._lms[folder]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from evolve.engines import EngineSettings
 from evolve.engines.hf import load_tokenizer
-from evolve.errors import TrialEngineError
+from evolve.errors import SearchFileError, TrialEngineError
 from merge_core.architecture import is_embedding
 from merge_core.checkpoint.write import copy_tokenizer
 
@@ -46,7 +46,7 @@ class VllmEngine:
     `options` go to `vllm.LLM` as they are.
 
     Raises:
-        TrialEngineError: vLLM cannot start with this model and these options.
+        SearchFileError, TrialEngineError: vLLM cannot start with this model and these options.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -72,7 +72,9 @@ class VllmEngine:
             )
         except (ValueError, RuntimeError, TypeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise TrialEngineError(
+            # With options of the user's they are the likelier cause.
+            kind = SearchFileError if settings.options else TrialEngineError
+            raise kind(
                 f"scoring.engine: vLLM cannot start with this model ({reason:.300}); change "
                 f"max_model_len, gpu_memory_utilization or another setting there, or use --backend hf"
             ) from error

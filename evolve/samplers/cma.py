@@ -101,7 +101,8 @@ class CmaSampler:
         that proposed them itself there is nothing to repeat.
         """
         drawn = [trial for trial in trials if "cma" in trial.user_attrs]
-        told = [trial for trial in drawn if "told" in trial.user_attrs]
+        # A trial killed while it was told carries "told" too, but is not told before it is finished.
+        told = [trial for trial in drawn if trial.state.is_finished() and "told" in trial.user_attrs]
         told.sort(key=lambda trial: int(trial.user_attrs["told"]))
         while True:
             n_drawn = sum(t.user_attrs["cma"]["generation"] == self._generation for t in drawn)

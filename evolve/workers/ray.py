@@ -7,12 +7,13 @@ tried again, at most twice.
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import replace
 from typing import Any
 
 import ray
 
-from evolve.errors import TrialWorkerError
+from evolve.errors import SearchFileError, TrialWorkerError
 from evolve.workers.worker import Job, Result, Worker, WorkerSetup
 
 MAX_RETRIES = 2
@@ -36,13 +37,20 @@ class RayPool:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
-            ray.init(log_to_driver=False, logging_level="ERROR", **options)
+            handler = signal.getsignal(signal.SIGTERM)
+            try:
+                ray.init(log_to_driver=False, logging_level="ERROR", **options)
+            except (ConnectionError, ValueError) as error:
+                raise TrialWorkerError(f"Ray cannot be started or reached: {str(error)[:300]}") from error
+            finally:
+                # Ray puts its own handler there, which exits with status 15 instead of pausing.
+                signal.signal(signal.SIGTERM, handler)
         n_cpus = int(ray.cluster_resources().get("CPU", 1))
         cpus = max(1, n_cpus // size)
         if n_cpus < size * cpus or ray.cluster_resources().get("GPU", 0) < size * gpus_per_worker:
             have = f"{n_cpus} CPUs, {ray.cluster_resources().get('GPU', 0):g} GPUs"
             self.close()
-            raise TrialWorkerError(
+            raise SearchFileError(
                 f"--workers {size} needs {size * cpus} CPUs and {size * gpus_per_worker:g} GPUs; the "
                 f"cluster has {have}, use fewer workers"
             )
@@ -75,7 +83,8 @@ class RayPool:
                 result: Result = ray.get(ready)
             except ray.exceptions.RayActorError as error:
                 if isinstance(error, ray.exceptions.ActorDiedError) and "__init__" in str(error):
-                    raise
+                    reason = str(error).strip().splitlines()[-1]
+                    raise TrialWorkerError(f"a worker could not start: {reason:.300}") from error
                 if attempt < MAX_RETRIES:
                     self._submit(job, self._start(), attempt + 1)
                     continue

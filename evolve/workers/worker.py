@@ -87,7 +87,6 @@ class WorkerSetup:
     seed: int
     prompting: Prompting
     allow_unsafe_code: bool = False
-    everything: bool = False
 
 
 class Worker:
@@ -107,7 +106,6 @@ class Worker:
             setup.scoring,
             setup.seed,
             allow_unsafe_code=setup.allow_unsafe_code,
-            everything=setup.everything,
         )
         self.sources = sources or Sources()
         self.engine: Engine = start_engine(setup.backend, setup.engine)

@@ -203,3 +203,27 @@ def test_help_answers_without_the_heavy_imports() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"scoring": {"engine": {"batch_size": "banana"}, "limit": 5}}, "scoring.engine"),
+        ({"scoring": {"holdout": 0.001}}, "scoring.holdout"),
+        ({"dtype": {"choices": ["float32", "bfloat16"]}}, "the engine runs in one"),
+        ({"tasks": [{"name": "qs_sort", "weight": float("inf")}]}, "tasks[0].weight"),
+    ],
+    ids=["engine option", "holdout of nothing", "two dtypes", "infinite weight"],
+)
+def test_a_new_search_writes_nothing_before_its_engine_is_up(
+    changes: dict[str, object],
+    expected: str,
+    tmp_path: Path,
+    evolve_here: Callable[..., tuple[int, str, str]],
+) -> None:
+    search = tmp_path / "search.yml"
+    search.write_text(changed(**changes))
+    status, out, err = evolve_here("run", str(search), "--storage-path", str(tmp_path / "out"))
+    assert (status, out) == (2, "")
+    assert expected in err
+    assert not (tmp_path / "out").exists()

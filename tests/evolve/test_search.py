@@ -230,6 +230,13 @@ def test_too_many_failures_stop_the_search_and_name_the_cause(tmp_path: Path) ->
         run(file, folder=tmp_path / "s")
 
 
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(
+    finished: StudyResult,
+) -> None:
+    with finished.study.locked(), pytest.raises(ResumeRefusedError, match="at work"):
+        run(small(9), folder=finished.study.folder)
+
+
 def test_without_a_holdout_the_verdict_says_so(tmp_path: Path) -> None:
     result = run(small(2, holdout=0), folder=tmp_path / "s")
     data = result_json(result)

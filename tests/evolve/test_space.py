@@ -125,6 +125,7 @@ def test_points_win_over_granularity() -> None:
         ({"low": 1, "high": 1}, "low must lie below high"),
         ({"low": 0, "high": 1, "start": 2}, "start is 2; it must lie in [0, 1]"),
         ({"low": 0, "high": 1, "log": True}, "with log: true it must be above 0"),
+        ({"low": 0, "high": 1, "step": 0.3, "start": 0.5}, "between two steps"),
         ({"low": 0, "high": 1, "point": 3}, "did you mean 'points'?"),
         ({"low": 0, "high": 1, "points": 1}, "at least 2"),
         ({"low": "a", "high": 1}, "must be a finite number"),
@@ -138,3 +139,12 @@ def test_a_bad_range_is_told_by_name(node: dict[str, object], expected: str) -> 
         Space(template)
     assert "models[0].weight" in str(raised.value)
     assert expected in str(raised.value)
+
+
+def test_steps_end_at_the_last_value_they_reach() -> None:
+    template = {
+        "merge_method": "linear",
+        "models": [{"model": "one", "parameters": {"weight": {"low": 0, "high": 7, "step": 4}}}],
+    }
+    (variable,) = Space(template).variables
+    assert {variable.from_unit(u / 10) for u in range(11)} == {0, 4}
