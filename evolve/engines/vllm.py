@@ -52,7 +52,9 @@ class VllmEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         on_cpu = settings.device == "cpu"
-        options = {"enforce_eager": on_cpu, **settings.options}
+        # Left to itself vLLM runs float32 models in 16 bits.
+        dtype = settings.config.get("dtype") or settings.config.get("torch_dtype") or "float32"
+        options = {"enforce_eager": on_cpu, "dtype": dtype, **settings.options}
         self._folder = tempfile.TemporaryDirectory(prefix="evolve-vllm-")
         # vLLM reads config and tokenizer from a folder; the weights come with the first candidate.
         folder = Path(self._folder.name)
