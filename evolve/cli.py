@@ -90,12 +90,11 @@ def run(
     from evolve import loop
     from evolve.report import ProgressLine, print_result, result_json
 
-    folder = storage_path or Path(f"{search.stem}-search")
     progress = ProgressLine()
     try:
         result = loop.run(
             search_file,
-            folder=folder,
+            folder=storage_path,
             storage=storage,
             workers=loop.Workers(workers, gpus_per_worker, ray_address),
             device=device,
@@ -105,7 +104,7 @@ def run(
         )
     finally:
         progress.close()
-    data = result_json(result)
+    data, folder = result_json(result), result.study.folder
     if result.was_complete:
         _say(f"the search in {folder} is complete; raise --n-iterations to go on")
     if as_json:

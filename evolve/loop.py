@@ -60,7 +60,7 @@ class StudyResult:
 def run(
     search_file: SearchFile,
     *,
-    folder: Path,
+    folder: Path | None = None,
     storage: str | None = None,
     workers: Workers | None = None,
     device: str | None = None,
@@ -72,7 +72,7 @@ def run(
 
     Args:
         search_file: what to search.
-        folder: the storage path; it is made, or resumed where it holds this search.
+        folder: the storage path, by default NAME-search; made, or resumed where it holds this search.
         storage: URL of another storage than folder/study.db.
         progress: called with "starting" (before there is a study), "started", "told", "baseline"
             and "verdict".
@@ -83,6 +83,7 @@ def run(
         PausedError: a signal asked for a pause; everything finished is recorded.
     """
     began = time.monotonic()
+    folder = folder or Path(f"{search_file.name}-search")
     plan = make_plan(
         search_file,
         device=device,

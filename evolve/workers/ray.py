@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,8 @@ class RayPool:
                 raise TrialWorkerError(f"Ray cannot be started or reached: {str(error)[:300]}") from error
             finally:
                 # Ray puts its own handler there, which exits with status 15 instead of pausing.
-                signal.signal(signal.SIGTERM, handler)
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, handler)
         n_cpus = int(ray.cluster_resources().get("CPU", 1))
         cpus = max(1, n_cpus // size)
         if n_cpus < size * cpus or ray.cluster_resources().get("GPU", 0) < size * gpus_per_worker:
