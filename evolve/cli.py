@@ -236,7 +236,8 @@ def merge(
     """Merge models as a recipe says, and write the result."""
     from evolve.engines import resolve_device
     from merge_core.checkpoint.write import check_output, has_tokenizer
-    from merge_core.merge import Sources, donor, plan_merge, save_merged
+    from merge_core.merge import save_merged
+    from merge_core.plan import Sources, donor, plan_merge
     from merge_core.recipe import Recipe, load_yaml
 
     data = load_yaml(recipe)

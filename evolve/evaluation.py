@@ -14,7 +14,7 @@ from evolve.study import Study
 from evolve.tasks import SPLITS, TaskSet
 from evolve.verdict import score_interval
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
-from merge_core.merge import Sources, donor, merged_config, model_alone, plan_merge
+from merge_core.plan import Sources, donor, merged_config, model_alone, plan_merge
 from merge_core.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from evolve.tasks import TaskSet
 from evolve.workers.worker import Prompting, WorkerSetup
 from merge_core.checkpoint.write import has_tokenizer
 from merge_core.errors import CheckpointError, MergeError
-from merge_core.merge import Sources, donor, merged_config, plan_merge
+from merge_core.plan import Sources, donor, merged_config, plan_merge
 from merge_core.recipe import Recipe
 
 

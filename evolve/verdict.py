@@ -19,7 +19,7 @@ from evolve.tasks import Outcome, Outcomes, ScoredTask, Split, TaskSet
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import locate
 from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
-from merge_core.merge import donor, model_alone
+from merge_core.plan import donor, model_alone
 from merge_core.recipe import Recipe
 
 N_RESAMPLES = 2000

@@ -3,24 +3,21 @@
     for name, tensor in merged_tensors(Recipe.load("recipe.yml")): ...
 
 `save_merged` writes that stream, `load_merged` and the engines load it into a live model; there is
-no second way to merge. `Sources` keeps checkpoints open and statistics warm between candidates.
+no second way to merge. What goes into each tensor is decided before, in `plan.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from merge_core.architecture import Architecture, with_layers
-from merge_core.checkpoint.read import Checkpoint
 from merge_core.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     complete_folder,
@@ -31,69 +28,12 @@ from merge_core.errors import CheckpointError
 from merge_core.methods import METHODS
 from merge_core.methods.job import Source, TensorJob
 from merge_core.parameters import look_up
+from merge_core.plan import Input, Planned, Sources, donor, merged_config, plan_merge
 from merge_core.randomness import MaskKey
-from merge_core.recipe import Recipe, SliceEntry, SourceEntry
-from merge_core.sparsify import StatisticsCache
+from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# How many differing tensors a message names; the rest is counted.
-_SHOWN = 5
-
-
-class Sources:
-    """The checkpoints that recipes refer to, opened once, and statistics of their deltas."""
-
-    def __init__(self) -> None:
-        self._architectures: dict[str, Architecture] = {}
-        self.statistics = StatisticsCache()
-
-    def architecture(self, reference: str) -> Architecture:
-        """Open a model, or return it where it is open already.
-
-        Raises:
-            CheckpointError, HubUnreachableError: it cannot be opened.
-        """
-        if reference not in self._architectures:
-            self._architectures[reference] = Architecture(Checkpoint(reference))
-        return self._architectures[reference]
-
-    def open_all(self, references: Collection[str]) -> list[str]:
-        """Open several models; return the faults of those that cannot be opened."""
-        faults: list[str] = []
-        for reference in references:
-            try:
-                self.architecture(reference)
-            except CheckpointError as error:
-                faults += error.faults
-        return faults
-
-
-@dataclass(frozen=True)
-class _Input:
-    """One model's part in an output tensor: which tensor of it, and its own parameters."""
-
-    model: str
-    name: str
-    parameters: Mapping[str, Any]
-    occurrence: int
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One output tensor: the donor's or a layer's, at position t of its slice."""
-
-    name: str
-    t: float
-    inputs: tuple[_Input, ...]
-    base: _Input | None
-    slice_parameters: Mapping[str, Any]
-
-
-def donor(recipe: Recipe) -> str:
-    """Name the model that config, tokenizer and tensor names come from: the base, or the first."""
-    return recipe.base_model or recipe.references()[0]
 
 
 def merged_tensors(
@@ -127,7 +67,7 @@ def merged_tensors(
 
 
 def _in_parallel(
-    recipe: Recipe, wanted: list[_Planned], sources: Sources, device: torch.device, n_threads: int
+    recipe: Recipe, wanted: list[Planned], sources: Sources, device: torch.device, n_threads: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge a few tensors ahead, each on one thread, and hand them out in order.
 
@@ -155,175 +95,23 @@ def _in_parallel(
                 future.cancel()
 
 
-def plan_merge(recipe: Recipe, sources: Sources) -> list[_Planned]:
-    """List the output tensors and check that every input exists and fits.
-
-    Raises:
-        CheckpointError: with the first differing tensors and shapes.
-    """
-    faults = sources.open_all(recipe.references())
-    if faults:
-        raise CheckpointError(faults)
-    slices = _slices(recipe, sources)
-    faults = _range_faults(slices, sources)
-    if faults:
-        raise CheckpointError(faults)
-    model = sources.architecture(donor(recipe))
-    architectures = [[sources.architecture(s.model) for s in part.sources] for part in slices]
-    # Every model's tensors, so that one which another model lacks is refused and not dropped.
-    before = dict.fromkeys(name for a in (model, *architectures[0]) for name in a.before)
-    after = dict.fromkeys(name for a in (model, *architectures[-1]) for name in a.after)
-    planned = [_plan_outside(name, slices[0]) for name in before]
-    n_done = 0
-    for part in slices:
-        start, end = part.sources[0].layer_range
-        for i in range(end - start):
-            # A slice of one layer sits at its end, as in mergekit.
-            t = i / (end - start - 1) if end - start > 1 else 1.0
-            planned += [
-                _plan_layer(model.layer_name(n_done + i, suffix), part, i, suffix, t, sources)
-                for suffix in dict.fromkeys(
-                    suffix
-                    for source in part.sources
-                    for suffix in sources.architecture(source.model).layers[source.layer_range[0] + i]
-                )
-            ]
-        n_done += end - start
-    planned += [_plan_outside(name, slices[-1]) for name in after]
-    _check_fit(planned, sources)
-    return planned
-
-
-def _slices(recipe: Recipe, sources: Sources) -> list[SliceEntry]:
-    """Return the recipe as slices, each with its base: the sources' own, or appended.
-
-    `models:` is one slice over all layers. A slice that does not list the base it needs gets it,
-    with the layer range of its first source.
-    """
-    needs_base = METHODS[recipe.merge_method].base == "required"
-    parts = recipe.slices
-    if recipe.models:
-        entries = tuple(
-            SourceEntry(
-                model=entry.model,
-                parameters=entry.parameters,
-                layer_range=(0, sources.architecture(entry.model).n_layers),
-            )
-            for entry in recipe.models
-        )
-        parts = (SliceEntry(sources=entries),)
-    slices = []
-    for part in parts or ():
-        base = (part.base_model or recipe.base_model) if needs_base else None
-        entries = part.sources
-        if base is not None and base not in [entry.model for entry in entries]:
-            entries += (SourceEntry(model=base, layer_range=entries[0].layer_range),)
-        slices.append(part.model_copy(update={"sources": entries, "base_model": base}))
-    return slices
-
-
-def _range_faults(slices: list[SliceEntry], sources: Sources) -> list[str]:
-    faults = []
-    for i, part in enumerate(slices):
-        ranges = [(source.model, *source.layer_range) for source in part.sources]
-        for model, start, end in ranges:
-            n_layers = sources.architecture(model).n_layers
-            if end > n_layers:
-                faults.append(
-                    f"slices[{i}]: layers [{start}, {end}) of {model} are asked for; it has "
-                    f"{n_layers} layers, shorten the range"
-                )
-        if len({end - start for _, start, end in ranges}) > 1:
-            faults.append(
-                "models have different numbers of layers: "
-                + ", ".join(f"{model} {end - start}" for model, start, end in ranges)
-                + "; merge models of one architecture, or choose layers with slices"
-            )
-    return faults
-
-
-def _plan_outside(name: str, part: SliceEntry) -> _Planned:
-    """Plan a tensor outside the layers: every model has it under the donor's name."""
-    return _planned(name, part, [name] * len(part.sources), 0.0)
-
-
-def _plan_layer(name: str, part: SliceEntry, i: int, suffix: str, t: float, sources: Sources) -> _Planned:
-    """Plan a tensor of the slice's i-th layer; each model names it by its own layer number."""
-    names = [
-        sources.architecture(source.model).layer_name(source.layer_range[0] + i, suffix)
-        for source in part.sources
-    ]
-    return _planned(name, part, names, t)
-
-
-def _planned(name: str, part: SliceEntry, input_names: list[str], t: float) -> _Planned:
-    seen: Counter[str] = Counter()
-    inputs = []
-    base = None
-    for source, input_name in zip(part.sources, input_names, strict=True):
-        entry = _Input(source.model, input_name, source.parameters, seen[source.model])
-        seen[source.model] += 1
-        if source.model == part.base_model:
-            base = entry
-        else:
-            inputs.append(entry)
-    return _Planned(name, t, tuple(inputs), base, part.parameters)
-
-
-def _check_fit(planned: list[_Planned], sources: Sources) -> None:
-    """Refuse models whose tensors are missing or differ in shape.
-
-    Raises:
-        CheckpointError: one fault a pair of models.
-    """
-    differing: dict[tuple[str, str], list[str]] = {}
-    for tensor in planned:
-        inputs = [*tensor.inputs, *([tensor.base] if tensor.base else [])]
-        reference = tensor.base or inputs[0]
-        expected = sources.architecture(reference.model).info(reference.name)
-        for entry in inputs:
-            if entry is reference and (expected is not None or len(inputs) > 1):
-                continue
-            found = sources.architecture(entry.model).info(entry.name)
-            if found is None or expected is None:
-                lacking = entry if found is None else reference
-                text = f"{lacking.name} is missing in {lacking.model}"
-            elif found.shape != expected.shape:
-                text = f"{entry.name} is {list(found.shape)} against {list(expected.shape)}"
-            else:
-                continue
-            differing.setdefault((entry.model, reference.model), []).append(text)
-    faults = []
-    for (model, reference_model), texts in differing.items():
-        more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-        faults.append(
-            f"model {model!r} does not fit {reference_model!r}: {'; '.join(texts[:_SHOWN])}{more}; "
-            f"merge fine-tunes of one base with the same shapes"
-        )
-    if faults:
-        raise CheckpointError(faults)
-
-
-def _merge_one(recipe: Recipe, planned: _Planned, sources: Sources, device: torch.device) -> Tensor:
-    reference = planned.base or planned.inputs[0]
-    info = sources.architecture(reference.model).info(reference.name)
-    assert info is not None
-    if not info.is_floating:
+def _merge_one(recipe: Recipe, planned: Planned, sources: Sources, device: torch.device) -> Tensor:
+    if not planned.is_floating:
         return _copied(planned, sources).to(device)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-    out_dtype = getattr(torch, recipe.out_dtype or recipe.dtype or info.dtype)
-    method = METHODS[recipe.merge_method]
-    levels = (planned.slice_parameters, recipe.parameters)
+    method = METHODS[planned.method]
 
-    def source(entry: _Input) -> Source:
+    def source(entry: Input) -> Source:
         tensor = sources.architecture(entry.model).checkpoint.read(entry.name)
+        if planned.shape and tensor.shape[0] > planned.shape[0]:
+            tensor = tensor[: planned.shape[0]]
         parameters = {
-            name: look_up(name, parameter, (entry.parameters, *levels), entry.name, planned.t)
+            name: look_up(name, parameter, (*entry.levels, *planned.levels), entry.name, planned.t)
             for name, parameter in method.per_model.items()
             if entry is not planned.base
         }
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else tensor.dtype
         return Source(
-            tensor.to(device=device, dtype=dtype or tensor.dtype),
+            tensor.to(device=device, dtype=dtype),
             parameters,
             MaskKey(recipe.random_seed, entry.model, entry.occurrence, planned.name),
             entry.model,
@@ -335,16 +123,16 @@ def _merge_one(recipe: Recipe, planned: _Planned, sources: Sources, device: torc
         base=source(planned.base) if planned.base else None,
         sources=[source(entry) for entry in planned.inputs],
         parameters={
-            name: look_up(name, parameter, levels, planned.name, planned.t)
+            name: look_up(name, parameter, planned.levels, planned.name, planned.t)
             for name, parameter in method.shared.items()
         },
-        out_dtype=out_dtype,
+        out_dtype=getattr(torch, planned.dtype),
         statistics=sources.statistics,
     )
     return method.function()(job)
 
 
-def _copied(planned: _Planned, sources: Sources) -> Tensor:
+def _copied(planned: Planned, sources: Sources) -> Tensor:
     """Return an integer or boolean buffer, which must be the same in every model."""
     inputs = [*([planned.base] if planned.base else []), *planned.inputs]
     tensors = [sources.architecture(entry.model).checkpoint.read(entry.name) for entry in inputs]
@@ -354,18 +142,6 @@ def _copied(planned: _Planned, sources: Sources) -> Tensor:
             f"merge models that share it"
         )
     return tensors[0]
-
-
-def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
-    """Return config.json of the merged model: the donor's, with layers and dtype as merged."""
-    model = sources.architecture(donor(recipe))
-    config = dict(model.checkpoint.config)
-    kept = [layer for part in _slices(recipe, sources) for layer in range(*part.sources[0].layer_range)]
-    config = with_layers(config, kept)
-    dtype = recipe.out_dtype or recipe.dtype
-    if dtype:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    return config
 
 
 def save_merged(
@@ -414,15 +190,3 @@ def load_merged(
     model = build_model(merged_config(recipe, sources), folder, device)
     fill(model, stream)
     return model
-
-
-def model_alone(reference: str, like: Recipe | None = None) -> Recipe:
-    """Return the recipe of one model as it is, in the dtype of another recipe."""
-    return Recipe.parse(
-        {
-            "merge_method": "passthrough",
-            "models": [{"model": reference}],
-            "dtype": like.dtype if like else None,
-            "out_dtype": like.out_dtype if like else None,
-        }
-    )

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from evolve.engines import EngineSettings
 from evolve.errors import SearchFileError
 from merge_core.errors import CheckpointError
-from merge_core.merge import Sources, donor, load_merged, model_alone
+from merge_core.merge import load_merged
+from merge_core.plan import Sources, donor, model_alone
 from merge_core.recipe import Recipe
 from merge_core.resident import build_model, fill
 

@@ -13,7 +13,8 @@ from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundar
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
 from merge_core.checkpoint.locate import locate
-from merge_core.merge import Sources, merged_tensors
+from merge_core.merge import merged_tensors
+from merge_core.plan import Sources
 from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from evolve.engines import EngineSettings
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks import TaskSet
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
-from merge_core.merge import Sources, merged_config
+from merge_core.plan import Sources, merged_config
 from merge_core.recipe import Recipe
 
 

@@ -168,7 +168,8 @@ def test_no_task_at_all_is_a_fault() -> None:
 
 
 def test_evaluate_scores_a_folder_and_a_live_model() -> None:
-    from merge_core.merge import load_merged, model_alone
+    from merge_core.merge import load_merged
+    from merge_core.plan import model_alone
 
     by_folder = evaluate(MODEL, ["qs_largest"], limit=50, task_paths=[TASKS])
     live = evaluate(load_merged(model_alone(MODEL)), ["qs_largest"], limit=50, task_paths=[TASKS])

@@ -98,7 +98,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch
 from evolve.engines import EngineSettings
 from evolve.engines.vllm import VllmEngine
-from merge_core.merge import Sources, merged_config, merged_tensors, model_alone
+from merge_core.merge import merged_tensors
+from merge_core.plan import Sources, merged_config, model_alone
 
 class Request:
     def __init__(self, *args): self.args = args

@@ -34,7 +34,8 @@ for reference in sys.argv[1:]:
         files = [path for path in folder.rglob("*") if path.is_file()]
         found["files"] = sorted(path.relative_to(folder).as_posix() for path in files)
         if os.environ.get("MERGE"):
-            from merge_core.merge import merged_tensors, model_alone
+            from merge_core.merge import merged_tensors
+            from merge_core.plan import model_alone
             merged = merged_tensors(model_alone(reference))
             found["sums"] = {name: float(tensor.double().sum()) for name, tensor in merged}
     except MergeError as error:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import merge_core.methods.job
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError, OutputError, RecipeError
-from merge_core.merge import Sources, load_merged, merged_tensors, model_alone, save_merged
+from merge_core.merge import load_merged, merged_tensors, save_merged
+from merge_core.plan import Sources, model_alone
 from merge_core.recipe import Recipe
 
 WEIGHTS = [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 0.7}]
