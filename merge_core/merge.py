@@ -9,9 +9,11 @@ no second way to merge. What goes into each tensor is decided before, in `plan.p
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +38,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# Finished tensors that may wait for the consumer, so that a large one does not stop the others.
+_AHEAD_BYTES = 128 << 20
+# Entries to be read, over all candidates, from which a compiled loop pays for its compiler.
+_COMPILED_ENTRIES = 1 << 26
+
+
 def merged_tensors(
     recipe: Recipe,
     sources: Sources | None = None,
     names: Collection[str] | None = None,
     device: str | torch.device = "cpu",
+    compiles: bool | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge, one tensor at a time.
 
@@ -49,25 +58,32 @@ def merged_tensors(
         sources: open checkpoints, to be reused between calls; opened here if absent.
         names: only these output tensors, which come out the same as in the whole merge.
         device: where the arithmetic runs and the tensors end up.
+        compiles: whether to use compiled loops, which give the same bits, where there is a C
+            compiler; by default where the merge is large enough to pay for it.
 
     Yields:
         (name, tensor) in the order of the model: embeddings, layers, head. Each tensor has the
         shape of its sources and dtype `out_dtype`, else `dtype`, else the base checkpoint's.
 
     Raises:
-        CheckpointError: models are missing or do not fit each other (before the first tensor).
+        CheckpointError: models are missing or do not fit each other (before the first tensor), or
+            have entries that are not numbers.
         RecipeError: a value is missing for a tensor.
     """
     sources = sources or Sources()
     plan = plan_merge(recipe, sources)
     wanted = [planned for planned in plan if names is None or planned.name in names]
+    if compiles is None:
+        n_read = sum(math.prod(p.shape) * (len(p.inputs) + 1) for p in wanted)
+        compiles = n_read >= _COMPILED_ENTRIES
     place = torch.device(device)
     n_threads = torch.get_num_threads() if place.type == "cpu" else 1
-    return _in_parallel(recipe, wanted, sources, place, n_threads)
+    merge = partial(_merge_one, recipe, sources, place, compiles)
+    return _in_parallel(wanted, merge, n_threads)
 
 
 def _in_parallel(
-    recipe: Recipe, wanted: list[Planned], sources: Sources, device: torch.device, n_threads: int
+    wanted: list[Planned], merge: Callable[[Planned], Tensor], n_threads: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge a few tensors ahead, each on one thread, and hand them out in order.
 
@@ -76,26 +92,32 @@ def _in_parallel(
     """
     if n_threads == 1:
         for planned in wanted:
-            yield planned.name, _merge_one(recipe, planned, sources, device)
+            yield planned.name, merge(planned)
         return
     # The number of threads belongs to the thread that sets it: the caller's stays as it is.
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        ahead: deque[tuple[str, Future[Tensor]]] = deque()
+        ahead: deque[tuple[Planned, Future[Tensor]]] = deque()
+        waiting = deque(wanted)
+        n_bytes = 0
         try:
-            for planned in wanted:
-                ahead.append((planned.name, pool.submit(_merge_one, recipe, planned, sources, device)))
-                if len(ahead) > n_threads:
-                    name, future = ahead.popleft()
-                    yield name, future.result()
-            while ahead:
-                name, future = ahead.popleft()
-                yield name, future.result()
+            while True:
+                while waiting and (len(ahead) <= n_threads or n_bytes < _AHEAD_BYTES):
+                    planned = waiting.popleft()
+                    ahead.append((planned, pool.submit(merge, planned)))
+                    n_bytes += planned.n_bytes
+                if not ahead:
+                    return
+                planned, future = ahead.popleft()
+                n_bytes -= planned.n_bytes
+                yield planned.name, future.result()
         finally:
             for _, future in ahead:
                 future.cancel()
 
 
-def _merge_one(recipe: Recipe, planned: Planned, sources: Sources, device: torch.device) -> Tensor:
+def _merge_one(
+    recipe: Recipe, sources: Sources, device: torch.device, compiles: bool, planned: Planned
+) -> Tensor:
     if not planned.is_floating:
         return _copied(planned, sources).to(device)
     method = METHODS[planned.method]
@@ -128,6 +150,7 @@ def _merge_one(recipe: Recipe, planned: Planned, sources: Sources, device: torch
         },
         out_dtype=getattr(torch, planned.dtype),
         statistics=sources.statistics,
+        compiles=compiles,
     )
     return method.function()(job)
 

@@ -5,6 +5,7 @@ Nothing is read here but configs and headers.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe, SliceEntry, SourceEntry
-from merge_core.sparsify import StatisticsCache
+from merge_core.statistics import StatisticsCache
 
+_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 # How many differing tensors a message names; the rest is counted.
 _SHOWN = 5
 
@@ -91,6 +93,11 @@ class Planned:
     shape: tuple[int, ...]
     dtype: str
     is_floating: bool = True
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the result."""
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 8)
 
 
 def donor(recipe: Recipe) -> str:
@@ -171,7 +178,7 @@ def _slices(recipe: Recipe, sources: Sources) -> list[SliceEntry]:
     `models:` is one slice over all layers. A slice that does not list the base it needs gets it,
     with the layer range of its first source.
     """
-    needs_base = METHODS[recipe.merge_method].base == "required"
+    needs_base = METHODS[recipe.merge_method].base in ("required", "optional")
     parts = recipe.slices
     if recipe.models:
         entries = tuple(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,13 +53,18 @@ def _signed(value: int) -> int:
     return (value + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def high_word(index: int) -> int:
+    """Return what the upper 32 bits of a flat index add to the hash."""
+    return _signed((index >> 32) * 0x9E3779B9)
+
+
+def _shifted(x: Any, bits: int) -> Any:
     """Logical right shift of int32 (torch's is arithmetic)."""
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
-def hash31(key: MaskKey, index: Tensor) -> Tensor:
-    """Hash flat indices to uniform 31-bit integers.
+def hash_words(k0: Any, k1: Any, low: Any, high: Any) -> Any:
+    """Hash indices under a key of two words to uniform 31-bit integers.
 
     Three multiply-xorshift rounds (the constants of Wellons' `triple32`,
     https://nullprogram.com/blog/2018/07/31/), with the key's first word added before the first
@@ -66,26 +72,53 @@ def hash31(key: MaskKey, index: Tensor) -> Tensor:
     two keys are not shifts or permutations of each other.
 
     Args:
-        key: which stream.
-        index: int64, shape (n,), flat indices >= 0.
+        k0, k1: the key's words.
+        low: lower 32 bits of the flat indices, int32, shape (n,); overwritten.
+        high: `high_word` of the indices.
 
     Returns:
         int32, shape (n,), in [0, 2**31); u = value / 2**31.
     """
-    k0, k1 = key.words()
-    x = index.to(torch.int32)
-    x = x.bitwise_xor_(k0) if x is not index else x.bitwise_xor(k0)
+    x = low
+    x ^= k0
     x ^= _shifted(x, 17)
     x *= _signed(0xED5AD4BB)
     x ^= _shifted(x, 11)
     x += k1
-    if index.numel() and int(index[-1]) >> 32:
-        x += (index >> 32).to(torch.int32) * _signed(0x9E3779B9)
+    x += high
     x *= _signed(0xAC4C1B51)
     x ^= _shifted(x, 15)
     x *= _signed(0x31848BAB)
     x ^= _shifted(x, 14)
     return x.bitwise_and_(0x7FFFFFFF)
+
+
+def hash31(key: MaskKey, index: Tensor) -> Tensor:
+    """Hash flat indices under a key, see `hash_words`.
+
+    Args:
+        key: which stream.
+        index: int64, shape (n,), flat indices >= 0, rising.
+
+    Returns:
+        int32, shape (n,), in [0, 2**31).
+    """
+    low = index.to(torch.int32) if index.dtype != torch.int32 else index.clone()
+    high: Tensor | int = 0
+    if index.numel() and int(index[-1]) >> 32:
+        high = (index >> 32).to(torch.int32) * high_word(1 << 32)
+    return cast(Tensor, hash_words(*key.words(), low, high))
+
+
+def last_kept(numerator: int, denominator: int) -> int:
+    """Return the largest hash that counts as u < numerator / denominator; -1 for none."""
+    return min(-(-numerator * _RANGE // denominator), _RANGE) - 1
+
+
+def at_most(hashed: Any, last: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Tell where a hash is at most `last`: 1 there, else 0, in a floating dtype."""
+    # The sign of last - hash, without a comparison; both lie in [-1, 2**31), so nothing wraps.
+    return ((hashed * -1 + last) >> 31).to(dtype) + 1.0
 
 
 def keep_below(key: MaskKey, index: Tensor, numerator: int, denominator: int) -> Tensor:
@@ -95,11 +128,7 @@ def keep_below(key: MaskKey, index: Tensor, numerator: int, denominator: int) ->
         float32, shape (n,): 1 where the entry is kept, else 0 (torch multiplies by floats several
         times faster than by booleans).
     """
-    limit = -(-numerator * _RANGE // denominator)
-    if limit >= _RANGE:
-        return torch.ones(index.shape, dtype=torch.float32, device=index.device)
-    # The sign bit of hash - limit, without a comparison: both lie in [0, 2**31).
-    return (hash31(key, index) - limit).bitwise_right_shift_(31).to(torch.float32).neg_()
+    return cast(Tensor, at_most(hash31(key, index), last_kept(numerator, denominator)))
 
 
 def keep_mask(key: MaskKey, start: int, stop: int, probability: float, device: torch.device) -> Tensor:

@@ -1,250 +1,238 @@
-"""Density to mask: which entries of a delta are kept, exactly, sorting a delta once a search.
+"""Density to mask: which entries of a delta are kept, exactly, and by what they are rescaled.
 
-Each delta's magnitudes are sorted once, at the first need, and only a small table is kept, good
-for every density: differences of bfloat16 numbers take few distinct magnitudes, and the table then
-holds them all. Else it holds every 64th, and the entries between two of them are looked at one by
-one. A merge of a single density could do without, a search could not.
+Of entries that tie at a threshold, the wanted share is chosen by the mask hash: spread evenly over
+the tensor, the same everywhere. mergekit leaves that choice undefined.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merge_core.errors import CheckpointError
-from merge_core.methods.job import Source, TensorJob, chunks, row_sums
-from merge_core.randomness import MaskKey, keep_below, keep_mask
+from merge_core.errors import RecipeError
+from merge_core.methods.entrywise import Operands, Values, indicator, total
+from merge_core.methods.job import Source, TensorJob, rows_in_chunks
+from merge_core.randomness import at_most, hash31, hash_words, last_kept
+from merge_core.statistics import delta_ranks, largest_magnitude
 
-# The table of a delta whose magnitudes are nearly all different holds one in so many.
-_STRIDE = 64
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """Entries above `magnitude` are kept; of those equal to it, a share `kept / tied`.
-
-    Attributes:
-        magnitude: the threshold, a float32 value.
-        kept: how many of the tied entries are wanted.
-        tied: how many entries have exactly the threshold's magnitude.
-    """
-
-    magnitude: float
-    kept: int
-    tied: int
+Kind = Literal["all", "none", "random", "largest", "band", "given"]
+Sparsifier = Callable[[TensorJob, Source], "Kept"]
+_EVERY = (1 << 31) - 1
+# Sums of magnitudes are taken in units of the largest one over this, as integers.
+_UNITS = 1 << 30
 
 
 @dataclass(frozen=True)
 class Kept:
     """Which entries of one delta are kept, and what they are multiplied by.
 
-    `density` >= 1 keeps all, 0 none. With a `threshold` the choice is by magnitude, else random.
+    Attributes:
+        kind: all; none; random: by hash; largest: above a threshold, and some of those at it;
+            band: between two thresholds, and some of those at each; given: as an array says.
+        values: the kind's thresholds, hash keys and limits, in the order `mask` asks for them.
+        rescale: factor of the kept entries.
     """
 
-    density: float
-    key: MaskKey
-    threshold: Threshold | None = None
+    kind: Kind
+    values: Values = field(default_factory=Values)
     rescale: float = 1.0
 
-    def mask(self, delta: Tensor, start: int, stop: int) -> Tensor | None:
-        """Tell which entries of the chunk [start, stop) are kept; None means all.
 
-        Args:
-            delta: unweighted delta of the chunk, shape (stop - start,).
+def mask(kind: Kind, o: Operands, delta: Any) -> Any:
+    """Tell which entries of a chunk are kept; for use in a formula.
 
-        Returns:
-            float32, shape (stop - start,), 1 where kept and 0 elsewhere; or None.
-        """
-        if self.density >= 1:
-            return None
-        if self.density <= 0:
-            return torch.zeros(delta.shape, dtype=torch.float32, device=delta.device)
-        if self.threshold is None:
-            return keep_mask(self.key, start, stop, self.density, delta.device)
-        magnitude = delta.abs().to(torch.float32)
-        kept = torch.empty_like(magnitude)
-        if self.threshold.kept == self.threshold.tied:
-            return torch.ge(magnitude, self.threshold.magnitude, out=kept)
-        torch.gt(magnitude, self.threshold.magnitude, out=kept)
-        tied = _positions(magnitude, self.threshold.magnitude, self.threshold.magnitude)
-        if tied.numel():
-            index = tied + start
-            chosen = keep_below(self.key, index, self.threshold.kept, self.threshold.tied)
-            kept.index_copy_(0, tied, chosen)
-        return kept
+    Args:
+        delta: unweighted delta of the chunk, shape (n,).
 
-
-def _positions(values: Tensor, low: float, high: float) -> Tensor:
-    """Return the indices of the values in [low, high], int64, rising."""
-    if values.device.type == "cpu":  # numpy finds them ten times faster than torch does
-        array = values.numpy()
-        inside = array == np.float32(low) if low == high else (array >= low) & (array <= high)
-        return torch.from_numpy(np.flatnonzero(inside))
-    return ((values >= low) & (values <= high)).nonzero().view(-1)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Some of a delta's magnitudes in falling order, with their ranks.
-
-    Attributes:
-        magnitudes: float32, shape (m,), strictly falling.
-        above: how many entries are larger than each; int64, shape (m,).
-        n: how many entries the delta has.
-        is_complete: whether every distinct magnitude is listed.
+    Returns:
+        Shape (n,), 1 where kept and 0 elsewhere.
     """
+    if kind == "given":
+        return o.array()
+    if kind == "random":
+        k0, k1, last = o.integer(), o.integer(), o.integer()
+        return at_most(hash_words(k0, k1, o.index, o.index_high), last)
+    magnitude = delta.abs().to(torch.float32)
+    if kind == "largest":
+        threshold = o.number()
+        kept = indicator(torch.gt, magnitude, threshold)
+        kept += _tied(o, magnitude, threshold)
+        return kept
+    low, high = o.number(), o.number()
+    kept = indicator(torch.gt, magnitude, low)
+    kept *= indicator(torch.lt, magnitude, high)
+    kept += _tied(o, magnitude, low)
+    kept += _tied(o, magnitude, high)
+    return kept
 
-    magnitudes: np.ndarray
-    above: np.ndarray
-    n: int
-    is_complete: bool
 
-    @classmethod
-    def of(cls, magnitudes: np.ndarray) -> Ranks:
-        """Sort a delta's magnitudes, float32 of shape (n,), and keep a table of them."""
-        ordered = np.sort(magnitudes)
-        n = len(ordered)
-        # Rising: each distinct magnitude ends where the next begins.
-        ends = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), n - 1)
-        is_complete = len(ends) <= n // _STRIDE
-        if not is_complete:
-            ends = ends[np.unique(np.searchsorted(ends, np.append(np.arange(0, n, _STRIDE), n - 1)))]
-        ends = ends[::-1]
-        return cls(ordered[ends], n - 1 - ends, n, is_complete)
+def _tied(o: Operands, magnitude: Any, threshold: Any) -> Any:
+    """Tell which of the entries at a threshold are kept."""
+    k0, k1, last = o.integer(), o.integer(), o.integer()
+    tied = indicator(torch.eq, magnitude, threshold)
+    if not isinstance(tied, Tensor):
+        return tied * at_most(hash_words(k0, k1, o.index, o.index_high), last)
+    if last < _EVERY:  # few entries: only their hashes are computed
+        at = _positions(tied)
+        hashed = hash_words(k0, k1, o.index[at], o.index_high)
+        tied[at] = at_most(hashed, last)
+    return tied
 
-    def around(self, k: int) -> tuple[int, float, float]:
-        """Find what the table says of the k-th largest magnitude, 1 <= k <= n.
 
-        Returns:
-            How many entries are larger than `high`, and low <= magnitude <= high.
-        """
-        at = int(np.searchsorted(self.above, k)) - 1
-        high = float(self.magnitudes[at])
-        low = high if self.is_complete else float(self.magnitudes[min(at + 1, len(self.above) - 1)])
-        return int(self.above[at]), low, high
-
-    def n_tied(self, k: int) -> int:
-        """Count the entries of the k-th largest magnitude, where the table is complete."""
-        at = int(np.searchsorted(self.above, k)) - 1
-        ends = self.above[at + 1] if at + 1 < len(self.above) else self.n
-        return int(ends - self.above[at])
+def _positions(flags: Tensor) -> Tensor:
+    """Return the indices of nonzero entries, int64, rising."""
+    if flags.device.type == "cpu":  # numpy finds them ten times faster than torch does
+        return torch.from_numpy(np.flatnonzero(flags.numpy()))
+    return flags.nonzero().view(-1)
 
 
 def keep_all(job: TensorJob, source: Source) -> Kept:
     """Keep every entry, whatever the density says."""
-    return Kept(1.0, source.key)
+    return Kept("all")
+
+
+def _kept_whole(density: float) -> Kept | None:
+    """Return what densities outside (0, 1) keep: everything, or nothing."""
+    if density >= 1:
+        return Kept("all")
+    return Kept("none") if density <= 0 else None
 
 
 def keep_largest(job: TensorJob, source: Source) -> Kept:
-    """Keep the k = max(1, floor(density n)) entries of largest magnitude; 0 keeps none.
+    """Keep the k = max(1, floor(density n)) entries of largest magnitude; 0 keeps none."""
+    density, n = source.parameters["density"], source.tensor.numel()
+    if whole := _kept_whole(density):
+        return whole
+    k = max(1, math.floor(density * n))
+    rank = delta_ranks(job, source).at(n - k)
+    kept = last_kept(rank.through - (n - k), rank.through - rank.below)
+    values = Values((rank.magnitude,), (*source.key.words(), kept))
+    return _rescaled(job, source, Kept("largest", values))
 
-    Of entries that tie at the threshold, the wanted share is chosen by the mask hash: spread
-    evenly over the tensor, the same everywhere. mergekit leaves that choice undefined.
+
+def keep_without_outliers(job: TensorJob, source: Source) -> Kept:
+    """Drop the floor(gamma n) largest entries and keep the next max(1, floor(density n)).
+
+    Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795, section 3. Where too few entries
+    are left below the outliers, outliers fill up the number, as in mergekit 0.1.5.
     """
-    density = source.parameters["density"]
-    if not 0 < density < 1:
-        return Kept(density, source.key)
-    k = max(1, math.floor(density * source.tensor.numel()))
-    kept = Kept(density, source.key, job.statistics.threshold(job, source, k))
-    return _rescaled(job, source, kept)
+    density, n = source.parameters["density"], source.tensor.numel()
+    if whole := _kept_whole(density):
+        return whole
+    k = max(1, math.floor(density * n))
+    first = max(0, n - k - math.floor(source.parameters["gamma"] * n))
+    ranks = delta_ranks(job, source)
+    low, high = ranks.at(first), ranks.at(first + k - 1)
+    # Entries at one and the same threshold are one group, of which k are wanted.
+    at_low = 0 if low == high else low.through - first
+    at_high = k if low == high else first + k - high.below
+    words = source.key.words()
+    integers = (
+        *words,
+        last_kept(at_low, low.through - low.below),
+        *words,
+        last_kept(at_high, high.through - high.below),
+    )
+    return _rescaled(job, source, Kept("band", Values((low.magnitude, high.magnitude), integers)))
 
 
 def keep_at_random(job: TensorJob, source: Source) -> Kept:
     """Keep each entry with probability `density`, by the counter-based hash."""
     density = source.parameters["density"]
-    if not 0 < density < 1:
-        return Kept(density, source.key)
-    return _rescaled(job, source, Kept(density, source.key))
+    if whole := _kept_whole(density):
+        return whole
+    last = last_kept(*float(density).as_integer_ratio())
+    return _rescaled(job, source, Kept("random", Values((), (*source.key.words(), last))))
+
+
+def keep_by_rank(job: TensorJob, source: Source) -> Kept:
+    """Keep each entry with a probability that rises with its rank in its row (DELLA).
+
+    Deep, Bhardwaj and Poria 2024, https://arxiv.org/abs/2406.11617, MagPrune: from density -
+    epsilon for the smallest of a row to density + epsilon for the largest. Rows run along the
+    last dimension. Entries of equal magnitude share their mean rank, which is what any fair order
+    of them gives on average; a row of one entry has probability `density` (mergekit fails there).
+
+    Raises:
+        RecipeError: probabilities would leave (0, 1).
+    """
+    density, epsilon = source.parameters["density"], source.parameters["epsilon"]
+    if whole := _kept_whole(density):
+        return whole
+    if density - epsilon <= 0 or density + epsilon >= 1:
+        raise RecipeError(
+            f"epsilon of {job.name} is {epsilon:g} with density {density:g}; density - epsilon and "
+            f"density + epsilon must lie in (0, 1), lower epsilon"
+        )
+    assert job.base is not None
+    kept = torch.empty(source.tensor.shape, dtype=torch.uint8, device=source.tensor.device)
+    flat = kept.view(-1)
+    start = 0
+    for x, base in zip(rows_in_chunks(source.tensor), rows_in_chunks(job.base.tensor), strict=True):
+        delta = x.to(job.work_dtype) - base.to(job.work_dtype)
+        share = _mean_ranks(delta.abs_())
+        probability = (density - epsilon) + 2 * epsilon * share
+        last = probability.mul_(_EVERY + 1.0).ceil_().sub_(1).to(torch.int32).view(-1)
+        stop = start + last.numel()
+        index = torch.arange(start, stop, dtype=torch.int64, device=last.device)
+        flat[start:stop] = at_most(hash31(source.key, index), last)
+        start = stop
+    return _rescaled(job, source, Kept("given", Values(arrays=(kept,))))
+
+
+def _mean_ranks(rows: Tensor) -> Tensor:
+    """Rank each row: 0 for its smallest entry, 1 for its largest, equal entries their mean.
+
+    Args:
+        rows: shape (r, m).
+
+    Returns:
+        float64, shape (r, m).
+    """
+    m = rows.shape[1]
+    if m == 1:
+        return torch.full(rows.shape, 0.5, dtype=torch.float64, device=rows.device)
+    ordered, order = rows.sort(dim=1)
+    at = torch.arange(m, device=rows.device).expand_as(order)
+    new = torch.ones_like(order, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    first = torch.where(new, at, 0).cummax(dim=1).values
+    ends = torch.ones_like(new)
+    ends[:, :-1] = new[:, 1:]
+    last = torch.where(ends, at, m).flip(1).cummin(dim=1).values.flip(1)
+    mean = (first + last).to(torch.float64) / (2 * (m - 1))
+    return torch.empty_like(mean).scatter_(1, order, mean)
 
 
 def _rescaled(job: TensorJob, source: Source, kept: Kept) -> Kept:
     """Set the factor |d|_1 / |d kept|_1 where the recipe asks to rescale (not near zero)."""
     if not job.parameters["rescale"]:
         return kept
-    before: list[float] = []
-    after: list[float] = []
-    for start, stop, delta in _delta_chunks(job, source):
-        mask = kept.mask(delta, start, stop)
-        magnitude = delta.abs()
-        before += row_sums(magnitude)
-        after += row_sums(magnitude if mask is None else magnitude * mask)
-    if math.fsum(before) < 1e-7 or math.fsum(after) < 1e-7:
+    largest = largest_magnitude(job, source)
+    if not 0 < largest < math.inf:
         return kept
-    return replace(kept, rescale=math.fsum(before) / math.fsum(after))
+    scale = _UNITS / 2.0 ** math.frexp(largest)[1]
+    before = job.statistics.once(job, "l1", [source], lambda: _l1(job, source, Kept("all"), scale))
+    after = _l1(job, source, kept, scale)
+    if before / scale < 1e-7 or after / scale < 1e-7:
+        return kept
+    return replace(kept, rescale=before / after)
 
 
-def _delta_chunks(job: TensorJob, source: Source) -> Iterator[tuple[int, int, Tensor]]:
-    assert job.base is not None
-    base, x = job.base.tensor.reshape(-1), source.tensor.reshape(-1)
-    for start, stop in chunks(x.numel()):
-        delta = x[start:stop].to(job.work_dtype) - base[start:stop].to(job.work_dtype)
-        yield start, stop, delta
+def _l1(job: TensorJob, source: Source, kept: Kept, scale: float) -> int:
+    """Sum the magnitudes that are kept, in units of 1 / scale."""
+    values = replace(kept.values, numbers=(*kept.values.numbers, scale))
+    return total(job, _kept_magnitude, kept.kind, [source.tensor], values)
 
 
-class StatisticsCache:
-    """Order statistics of deltas, kept between merges of the same sources.
-
-    One table of ranks a (base, model, tensor) is built at the first need; the threshold found last
-    is remembered, so a fixed density costs nothing per candidate.
-    """
-
-    def __init__(self) -> None:
-        self._ranks: dict[tuple[str, ...], Ranks] = {}
-        self._thresholds: dict[tuple[str, ...], tuple[int, Threshold]] = {}
-        self._is_zero: dict[tuple[str, ...], bool] = {}
-
-    @staticmethod
-    def _name(job: TensorJob, source: Source) -> tuple[str, ...]:
-        assert job.base is not None
-        names = (job.base.model, job.base.input_name, source.model, source.input_name)
-        return (*names, str(job.base.tensor.dtype), str(source.tensor.dtype))
-
-    def is_zero(self, job: TensorJob, source: Source) -> bool:
-        """Tell whether the model's tensor equals the base's in every entry."""
-        assert job.base is not None
-        name = self._name(job, source)
-        if name not in self._is_zero:
-            self._is_zero[name] = torch.equal(job.base.tensor, source.tensor)
-        return self._is_zero[name]
-
-    def threshold(self, job: TensorJob, source: Source, k: int) -> Threshold:
-        """Find the k-th largest magnitude of source minus base, 1 <= k <= n."""
-        name = self._name(job, source)
-        known = self._thresholds.get(name)
-        if known is None or known[0] != k:
-            known = self._thresholds[name] = (k, self._find(job, source, k))
-        return known[1]
-
-    def _ranked(self, job: TensorJob, source: Source) -> Ranks:
-        name = self._name(job, source)
-        if name not in self._ranks:
-            magnitudes = torch.cat(
-                [delta.abs_().to(torch.float32) for _, _, delta in _delta_chunks(job, source)]
-            )
-            if magnitudes.isnan().any():
-                raise CheckpointError(
-                    f"tensor {source.input_name} of {source.model}: entries minus the base's are not "
-                    f"numbers (NaN), so they cannot be ranked by size; use a model without NaN"
-                )
-            self._ranks[name] = Ranks.of(magnitudes.cpu().numpy())
-        return self._ranks[name]
-
-    def _find(self, job: TensorJob, source: Source, k: int) -> Threshold:
-        ranks = self._ranked(job, source)
-        above, low, high = ranks.around(k)
-        if ranks.is_complete:
-            return Threshold(high, k - above, ranks.n_tied(k))
-        members = []
-        for _, _, delta in _delta_chunks(job, source):
-            magnitude = delta.abs_().to(torch.float32)
-            members.append(magnitude[_positions(magnitude, low, high)])
-        found = torch.cat(members).cpu().numpy()
-        magnitude_at_k = np.partition(found, above - k)[above - k]
-        larger = above + int((found > magnitude_at_k).sum())
-        tied = int((found == magnitude_at_k).sum())
-        return Threshold(float(magnitude_at_k), k - larger, tied)
+def _kept_magnitude(kind: Any, o: Operands) -> Any:
+    delta = o.xs[0] - o.base
+    if kind == "all":
+        return delta.abs() * o.number()
+    return delta.abs() * mask(kind, o, delta) * o.number()

@@ -94,7 +94,7 @@ _DENSITY = Parameter(default=1.0, low=0.0, high=1.0)
 
 
 def _task_vector(
-    name: str, normalize: bool, rescale: bool, source: str, is_random: bool = False
+    name: str, normalize: bool, rescale: bool, source: str, is_random: bool = False, extra={}
 ) -> Method:
     return Method(
         name,
@@ -108,12 +108,13 @@ def _task_vector(
             # Only chooses how mergekit holds signs; the result is the same, so it has no effect.
             "int8_mask": Parameter("boolean", False),
         },
-        per_model={"weight": _WEIGHT, "density": _DENSITY},
+        per_model={"weight": _WEIGHT, "density": _DENSITY, **extra},
         is_random=is_random,
         source=source,
     )
 
 
+_R = dict
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -123,9 +124,7 @@ METHODS: dict[str, Method] = {
             (1, math.inf),
             "linear:linear",
             shared={"normalize": Parameter("boolean", True)},
-            # mergekit requires a weight; without one every model counts the same here.
             per_model={"weight": Parameter(default=1.0)},
-            source="https://arxiv.org/abs/2203.05482",
         ),
         Method(
             "slerp",
@@ -133,12 +132,77 @@ METHODS: dict[str, Method] = {
             (1, 1),
             "spherical:slerp",
             shared={"t": Parameter(required=True, example=0.5)},
-            source="https://doi.org/10.1145/325165.325242",
         ),
-        _task_vector("task_arithmetic", False, False, "https://arxiv.org/abs/2212.04089"),
-        _task_vector("ties", True, False, "https://arxiv.org/abs/2306.01708"),
-        _task_vector("dare_linear", False, True, "https://arxiv.org/abs/2311.03099", True),
-        _task_vector("dare_ties", False, True, "https://arxiv.org/abs/2311.03099", True),
+        Method(
+            "nuslerp",
+            "optional",
+            (2, 2),
+            "spherical:nuslerp",
+            shared={
+                "nuslerp_row_wise": Parameter("boolean", False),
+                "nuslerp_flatten": Parameter("boolean", True),
+            },
+            per_model={"weight": _WEIGHT},
+        ),
+        Method(
+            "multislerp",
+            "optional",
+            (1, math.inf),
+            "spherical:multislerp",
+            shared={"normalize_weights": Parameter("boolean", True), "eps": Parameter(default=1e-8)},
+            per_model={"weight": _WEIGHT},
+        ),
+        Method(
+            "karcher",
+            "input",
+            (1, math.inf),
+            "spherical:karcher",
+            shared={"max_iter": Parameter(default=10), "tol": Parameter(default=1e-5)},
+        ),
+        _task_vector("task_arithmetic", False, False, ""),
+        _task_vector("ties", True, False, ""),
+        _task_vector("dare_linear", False, True, "", True),
+        _task_vector("dare_ties", False, True, "", True),
+        _task_vector("breadcrumbs", False, False, "", extra={"gamma": Parameter(default=0.01)}),
+        _task_vector("breadcrumbs_ties", False, False, "", extra={"gamma": Parameter(default=0.01)}),
+        _task_vector("della", True, True, "", True, extra={"epsilon": Parameter(default=0.15)}),
+        _task_vector("della_linear", False, True, "", True, extra={"epsilon": Parameter(default=0.15)}),
+        Method(
+            "model_stock",
+            "required",
+            (2, math.inf),
+            "stock:model_stock",
+            shared={"filter_wise": Parameter("boolean", False)},
+        ),
+        Method(
+            "nearswap",
+            "required",
+            (1, 1),
+            "fusion:nearswap",
+            shared={"t": Parameter(required=True, example=0.5)},
+        ),
+        Method("arcee_fusion", "required", (1, 1), "fusion:arcee_fusion"),
+        Method(
+            "sce",
+            "required",
+            (1, math.inf),
+            "consensus:sce",
+            shared={"int8_mask": Parameter("boolean", False), "select_topk": Parameter(default=1.0)},
+        ),
+        Method(
+            "ram", "required", (1, math.inf), "consensus:ram", shared={"epsilon": Parameter(default=1e-5)}
+        ),
+        Method(
+            "ramplus_tl",
+            "required",
+            (1, math.inf),
+            "consensus:ramplus_tl",
+            shared={
+                "epsilon": Parameter(default=1e-5),
+                "r": Parameter(default=0.1),
+                "alpha": Parameter(default=0.2),
+            },
+        ),
         Method(
             "passthrough",
             "ignored",

@@ -6,17 +6,18 @@ to the output dtype. The chunk length has no influence on any bit of the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from merge_core.errors import CheckpointError
 from merge_core.randomness import MaskKey
 
 if TYPE_CHECKING:
-    from merge_core.sparsify import StatisticsCache
+    from merge_core.statistics import StatisticsCache
 
 # Big enough that a torch call's own cost vanishes, small enough that temporaries stay in cache.
 CHUNK = 1 << 18
@@ -49,7 +50,8 @@ class TensorJob:
         sources: the other models' tensors, each shape (*s), in the order of the recipe.
         parameters: the method's shared parameters for this tensor.
         out_dtype: dtype of the result.
-        statistics: order statistics kept between merges of the same sources.
+        statistics: what is known of the sources, kept between merges.
+        compiles: whether a compiled loop pays, where there is a compiler.
     """
 
     name: str
@@ -58,6 +60,7 @@ class TensorJob:
     parameters: dict[str, Any]
     out_dtype: torch.dtype
     statistics: StatisticsCache
+    compiles: bool = False
 
     @property
     def like(self) -> Tensor:
@@ -70,6 +73,24 @@ class TensorJob:
         tensors = [source.tensor for source in self.sources] + ([self.base.tensor] if self.base else [])
         return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
+    def without_base(self, sources: list[Source]) -> TensorJob:
+        """Return this job with other sources and no base."""
+        return replace(self, base=None, sources=sources)
+
+    def not_a_number(self) -> CheckpointError:
+        """Find out which source has NaN, after one has been met."""
+        for source in [*([self.base] if self.base else []), *self.sources]:
+            n = int(source.tensor.isnan().sum())
+            if n:
+                return CheckpointError(
+                    f"tensor {source.input_name} of {source.model}: {n} of its {source.tensor.numel()} "
+                    f"entries are not numbers (NaN); use a model without NaN"
+                )
+        return CheckpointError(
+            f"tensor {self.name}: the sources have infinite entries whose merge is not a number "
+            f"(NaN); use models with finite weights"
+        )
+
 
 def chunks(n: int) -> Iterator[tuple[int, int]]:
     """Cut range(n) into [start, stop) pieces of at most CHUNK entries."""
@@ -77,17 +98,10 @@ def chunks(n: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + CHUNK, n)
 
 
-def by_chunks(job: TensorJob, compute: Callable[[int, int], Tensor]) -> Tensor:
-    """Assemble the result from `compute(start, stop)` over the flattened tensor.
-
-    Returns:
-        Tensor of the job's shape and output dtype.
-    """
-    out = torch.empty(job.like.shape, dtype=job.out_dtype, device=job.like.device)
-    flat = out.view(-1)
-    for start, stop in chunks(flat.numel()):
-        flat[start:stop] = compute(start, stop)
-    return out
+def rows_in_chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Cut a tensor into blocks of whole rows along its last dimension, each shape (r, m)."""
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
+    yield from torch.split(rows, max(1, CHUNK // max(1, rows.shape[1])))
 
 
 def row_sums(values: Tensor) -> list[float]:

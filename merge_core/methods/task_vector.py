@@ -1,20 +1,28 @@
-"""Sums of task vectors: task_arithmetic, ties, dare_linear, dare_ties.
+"""Sums of task vectors: task_arithmetic, ties, dare_*, breadcrumbs*, della*.
 
-One computation with two options: how each delta is thinned (by magnitude, at random, not at all)
-and whether the models elect one sign per entry.
+One computation with two options: how each delta is thinned (by magnitude, at random, by rank, not
+at all) and whether the models elect one sign per entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_core.methods.job import Source, TensorJob, by_chunks
-from merge_core.sparsify import Kept, keep_all, keep_at_random, keep_largest
-
-Sparsifier = Callable[[TensorJob, Source], Kept]
+from merge_core.methods.entrywise import Operands, Values, entries, indicator
+from merge_core.methods.job import TensorJob
+from merge_core.sparsify import (
+    Sparsifier,
+    keep_all,
+    keep_at_random,
+    keep_by_rank,
+    keep_largest,
+    keep_without_outliers,
+    mask,
+)
+from merge_core.statistics import as_it_is, is_zero
 
 
 def task_arithmetic(job: TensorJob) -> Tensor:
@@ -62,68 +70,134 @@ def dare_ties(job: TensorJob) -> Tensor:
     return _merge(job, keep_at_random, elects_sign=True)
 
 
+def breadcrumbs(job: TensorJob) -> Tensor:
+    """Drop the smallest entries of each delta and a share `gamma` of the largest, add the rest.
+
+    Davari and Belilovsky 2023, https://arxiv.org/abs/2312.06795, equation 2.
+
+    Returns:
+        Tensor of the base's shape (*s), in the job's output dtype.
+    """
+    return _merge(job, keep_without_outliers, elects_sign=False)
+
+
+def breadcrumbs_ties(job: TensorJob) -> Tensor:
+    """Thin as `breadcrumbs`, then elect signs as `ties`.
+
+    Returns:
+        Tensor of the base's shape (*s), in the job's output dtype.
+    """
+    return _merge(job, keep_without_outliers, elects_sign=True)
+
+
+def della(job: TensorJob) -> Tensor:
+    """Drop entries at random, small ones more often (MagPrune), elect signs as `ties`.
+
+    Deep, Bhardwaj and Poria 2024, https://arxiv.org/abs/2406.11617, section 3; the rescaling
+    factor is mergekit's (L1 norm before over after), not 1 / p of each entry.
+
+    Returns:
+        Tensor of the base's shape (*s), in the job's output dtype.
+
+    Raises:
+        RecipeError: density and epsilon leave no probability in (0, 1).
+    """
+    return _merge(job, keep_by_rank, elects_sign=True)
+
+
+def della_linear(job: TensorJob) -> Tensor:
+    """Thin as `della`, add the weighted sum.
+
+    Returns:
+        Tensor of the base's shape (*s), in the job's output dtype.
+
+    Raises:
+        RecipeError: density and epsilon leave no probability in (0, 1).
+    """
+    return _merge(job, keep_by_rank, elects_sign=False)
+
+
 def _merge(job: TensorJob, sparsify: Sparsifier, elects_sign: bool) -> Tensor:
     assert job.base is not None
-    active = [source for source in job.sources if not job.statistics.is_zero(job, source)]
+    active = [source for source in job.sources if not is_zero(job, source)]
     if not active:
-        return job.base.tensor.to(job.out_dtype)
-    base = job.base.tensor.reshape(-1)
-    flat = [source.tensor.reshape(-1) for source in active]
-    weights = [source.parameters["weight"] for source in active]
+        return as_it_is(job, job.base)
     kept = [sparsify(job, source) for source in active]
+    # A model that keeps nothing votes nowhere, but its weight counts in the plain divisor.
+    thinned = [pair for pair in zip(active, kept, strict=True) if pair[1].kind != "none"]
+    if not thinned:
+        return as_it_is(job, job.base)
     normalize, scale = job.parameters["normalize"], job.parameters["lambda"]
-    # A model that equals the base votes nowhere, but its weight counts in the plain divisor.
-    total = sum(source.parameters["weight"] for source in job.sources)
-    divisor = total if abs(total) >= 1e-8 else 1.0
-
-    def compute(start: int, stop: int) -> Tensor:
-        b = base[start:stop].to(job.work_dtype)
-        deltas = []
-        for x, weight, keep in zip(flat, weights, kept, strict=True):
-            delta = x[start:stop].to(job.work_dtype) - b
-            mask = keep.mask(delta, start, stop)
-            if mask is not None:
-                delta *= mask
-            deltas.append(delta.mul_(weight * keep.rescale))
-        if elects_sign:
-            mixed = _elect(deltas, weights, normalize)
-        else:
-            mixed = deltas[0]
-            for delta in deltas[1:]:
-                mixed += delta
-            if normalize:
-                mixed /= divisor
-        if scale != 1.0:
-            mixed *= scale
-        return mixed.add_(b)
-
-    return by_chunks(job, compute)
+    weights = sum(source.parameters["weight"] for source in job.sources)
+    numbers: tuple[float, ...] = ()
+    for source, keep in thinned:
+        weight = source.parameters["weight"]
+        numbers += (*keep.values.numbers, weight * keep.rescale)
+        numbers += (weight,) if elects_sign and normalize else ()
+    if normalize and not elects_sign:
+        numbers += (weights if abs(weights) >= 1e-8 else 1.0,)
+    structure = (tuple(keep.kind for _, keep in thinned), elects_sign, normalize, scale != 1.0)
+    values = Values(
+        (*numbers, scale),
+        tuple(word for _, keep in thinned for word in keep.values.integers),
+        tuple(array for _, keep in thinned for array in keep.values.arrays),
+    )
+    return entries(job, _mixed, structure, [source.tensor for source, _ in thinned], values)
 
 
-def _elect(deltas: list[Tensor], weights: list[float], normalize: bool) -> Tensor:
-    """Sum the entries whose sign is the sum's sign; divide by their weights under `normalize`.
+def _mixed(structure: Any, o: Operands) -> Any:
+    kinds, elects_sign, normalize, scales = structure
+    deltas, weights = [], []
+    for kind, x in zip(kinds, o.xs, strict=True):
+        delta = x - o.base
+        if kind != "all":
+            delta *= mask(kind, o, delta)
+        delta *= o.number()
+        deltas.append(delta)
+        if elects_sign and normalize:
+            weights.append(o.number())
+    if elects_sign:
+        mixed = elected(deltas, weights)
+    else:
+        mixed = deltas[0]
+        for delta in deltas[1:]:
+            mixed += delta
+        if normalize:
+            mixed /= o.number()
+    if scales:
+        mixed *= o.number()
+    return mixed.add_(o.base)
+
+
+def elected(deltas: list[Any], weights: list[Any]) -> Any:
+    """Sum the entries whose sign is the sum's sign; divide by their weights, if any are given.
 
     A sum of zero counts as positive; entries that are exactly zero never agree.
 
     Args:
-        deltas: weighted, each shape (n,); not kept.
-        weights: one a delta.
+        deltas: weighted, each shape (n,); overwritten.
+        weights: one a delta, or none.
 
     Returns:
         Shape (n,).
     """
-    total: Tensor = sum(deltas[1:], deltas[0])
+    sum_of_all = deltas[0] + deltas[1] if len(deltas) > 1 else deltas[0] * 1.0
+    for delta in deltas[2:]:
+        sum_of_all += delta
+    negative = indicator(torch.lt, sum_of_all, 0.0)
     # Signs as +1 and -1: torch multiplies floats many times faster than it selects by booleans.
-    sign = torch.copysign(torch.ones((), dtype=total.dtype, device=total.device), total)
+    sign = negative.mul_(-2.0).add_(1.0)
     mixed = divisor = None
-    for delta, weight in zip(deltas, weights, strict=True):
-        agreeing = delta.mul_(sign).relu_()
-        if normalize:
-            voted = agreeing.sign().mul_(weight)
-            divisor = voted if divisor is None else divisor.add_(voted)
-        mixed = agreeing if mixed is None else mixed.add_(agreeing)
+    for i, delta in enumerate(deltas):
+        delta *= sign
+        agrees = indicator(torch.gt, delta, 0.0)
+        delta *= agrees
+        mixed = delta if mixed is None else mixed.add_(delta)
+        if weights:
+            agrees *= weights[i]
+            divisor = agrees if divisor is None else divisor.add_(agrees)
     assert mixed is not None
     if divisor is not None:
-        nobody = torch.eq(divisor, 0, out=torch.empty_like(divisor))
-        mixed /= divisor.add_(nobody)
+        divisor += indicator(torch.eq, divisor, 0.0)
+        mixed /= divisor
     return mixed.mul_(sign)

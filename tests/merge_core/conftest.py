@@ -12,7 +12,7 @@ from torch import Tensor
 from merge_core.methods import METHODS
 from merge_core.methods.job import Source, TensorJob
 from merge_core.randomness import MaskKey
-from merge_core.sparsify import StatisticsCache
+from merge_core.statistics import StatisticsCache
 
 
 def build_job(

@@ -1,0 +1,191 @@
+"""Formulas for one entry of a tensor, run over all of them.
+
+A formula is a function of `Operands`, written with ordinary torch operations on the entries of a
+chunk. It is run in one of two ways that give the same bits: chunk by chunk with torch, or, where a
+C compiler is present and the merge is large, as one compiled loop (`compiled.py`). For that a
+formula has no branch on a value, uses operations that IEEE 754 defines to the last bit, and never
+fuses a multiplication with an addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_core.methods.compiled import Loop, Traced, is_compilable, loop_for
+from merge_core.methods.job import TensorJob, chunks
+from merge_core.randomness import high_word
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a formula is given besides the tensors; they change from candidate to candidate.
+
+    Attributes:
+        numbers: reals, in the order in which the formula asks for them.
+        integers: signed 32-bit integers, likewise.
+        arrays: masks of shape (n,), uint8, 1 where an entry is kept.
+    """
+
+    numbers: tuple[float, ...] = ()
+    integers: tuple[int, ...] = ()
+    arrays: tuple[Tensor, ...] = ()
+
+
+class Operands:
+    """The entries of a chunk, and the values in the order in which they are asked for.
+
+    Attributes:
+        base: the base's entries in the work dtype, shape (n,), or None.
+        xs: the sources' entries in the work dtype, each shape (n,); not to be written into.
+        index: flat index of each entry, its lower 32 bits as int32.
+        index_high: `high_word` of the chunk's indices.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        xs: Sequence[Any],
+        index: Callable[[], Any],
+        index_high: int,
+        numbers: Sequence[Any],
+        integers: Sequence[Any],
+        arrays: Sequence[Any],
+    ) -> None:
+        self.base, self.xs, self.index_high = base, list(xs), index_high
+        self._index = index
+        self._values = {
+            name: iter(of) for name, of in (("number", numbers), ("integer", integers), ("array", arrays))
+        }
+
+    @property
+    def index(self) -> Any:
+        """A new tensor at each call, which may be written into."""
+        return self._index()
+
+    def number(self) -> Any:
+        """Next of the numbers."""
+        return next(self._values["number"])
+
+    def integer(self) -> Any:
+        """Next of the integers."""
+        return next(self._values["integer"])
+
+    def array(self) -> Any:
+        """Next of the arrays: the chunk's part of it, as 0 and 1 in the work dtype."""
+        return next(self._values["array"])
+
+
+Formula = Callable[[Any, Operands], Any]
+
+
+def indicator(compare: Callable[..., Tensor], a: Any, b: Any) -> Any:
+    """Compare entries: 1 where it holds, else 0, in the dtype of `a`.
+
+    torch computes with floats several times faster than with booleans.
+    """
+    if isinstance(a, Traced):
+        return a.indicator(compare, b)
+    return compare(a, b, out=torch.empty_like(a))
+
+
+def entries(
+    job: TensorJob, formula: Formula, structure: Hashable, sources: Sequence[Tensor], values: Values
+) -> Tensor:
+    """Compute every entry of the result.
+
+    Args:
+        formula: takes `structure` and Operands; returns the chunk's result in the work dtype.
+        structure: whatever of the formula's shape does not depend on values.
+        sources: tensors of the job's shape, the formula's `xs`.
+
+    Returns:
+        Tensor of the job's shape and output dtype.
+    """
+    out = torch.empty(job.like.shape, dtype=job.out_dtype, device=job.like.device)
+    loop = _loop(job, formula, structure, sources, values, out)
+    if loop is not None:
+        has_nan = loop.run(_base(job), sources, values.numbers, values.integers, values.arrays, out) != 0
+    else:
+        has_nan = False
+        flat = out.view(-1)
+        for start, stop in chunks(flat.numel()):
+            result = formula(structure, operands(job, sources, values, start, stop))
+            flat[start:stop] = result
+            # One sum sees a NaN at the speed of memory; what else makes one is looked at closer.
+            total = float(result.sum())
+            if total != total:
+                has_nan = has_nan or bool(result.isnan().any())
+    if has_nan:
+        raise job.not_a_number()
+    return out
+
+
+def total(
+    job: TensorJob, formula: Formula, structure: Hashable, sources: Sequence[Tensor], values: Values
+) -> int:
+    """Sum a formula over all entries, each truncated to an integer: exact in any order."""
+    loop = _loop(job, formula, structure, sources, values, None)
+    if loop is not None:
+        return loop.run(_base(job), sources, values.numbers, values.integers, values.arrays, None)
+    return sum(
+        int(formula(structure, operands(job, sources, values, start, stop)).to(torch.int64).sum())
+        for start, stop in chunks(job.like.numel())
+    )
+
+
+def operands(
+    job: TensorJob, sources: Sequence[Tensor], values: Values, start: int, stop: int
+) -> Operands:
+    """Cut the chunk [start, stop) out of the flattened tensors."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1)[start:stop].to(job.work_dtype)
+
+    def index() -> Tensor:
+        return torch.arange(start, stop, dtype=torch.int64, device=job.like.device).to(torch.int32)
+
+    base = _base(job)
+    return Operands(
+        None if base is None else part(base),
+        [part(x) for x in sources],
+        index,
+        high_word(start),
+        values.numbers,
+        values.integers,
+        [part(array) for array in values.arrays],
+    )
+
+
+def _base(job: TensorJob) -> Tensor | None:
+    return job.base.tensor if job.base else None
+
+
+def _loop(
+    job: TensorJob,
+    formula: Formula,
+    structure: Hashable,
+    sources: Sequence[Tensor],
+    values: Values,
+    out: Tensor | None,
+) -> Loop | None:
+    if not job.compiles or not is_compilable(job.like):
+        return None
+    base = _base(job)
+
+    def trace(base: Any, xs: Any, index: Any, high: Any, numbers: Any, integers: Any, arrays: Any) -> Any:
+        return formula(structure, Operands(base, xs, index, high, numbers, integers, arrays))
+
+    return loop_for(
+        (formula, structure),
+        trace,
+        None if base is None else base.dtype,
+        tuple(x.dtype for x in sources),
+        None if out is None else out.dtype,
+        job.work_dtype,
+        (len(values.numbers), len(values.integers), len(values.arrays)),
+    )

@@ -1,0 +1,82 @@
+"""Two models, entry by entry: nearswap and arcee_fusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_core.methods.entrywise import Operands, Values, entries
+from merge_core.methods.job import TensorJob, rows_in_chunks
+from merge_core.statistics import Ranks
+
+
+def nearswap(job: TensorJob) -> Tensor:
+    """Go from the base towards the other model where they are near, by a step of at most t.
+
+    Alchemonaut's NearSwap, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001: with
+    k = clamp(t / max(|a - b|, 1e-6), 0, 1) the result is k b + (1 - k) a.
+
+    Returns:
+        Tensor of the base's shape (*s), in the job's output dtype.
+    """
+    values = Values((job.parameters["t"],))
+    return entries(job, _nearswapped, None, [job.sources[0].tensor], values)
+
+
+def _nearswapped(structure: Any, o: Operands) -> Any:
+    delta = o.xs[0] - o.base
+    k = delta.abs().clamp(1e-6).reciprocal().mul_(o.number()).clamp(0.0, 1.0)
+    rest = (k * -1.0).add_(1.0)
+    return (k * o.xs[0]).add_(rest.mul_(o.base))
+
+
+def arcee_fusion(job: TensorJob) -> Tensor:
+    """Take over from the other model the entries that matter most for its rows' softmax.
+
+    Arcee Fusion, as in mergekit: importance = |b - a| kl, with kl the Kullback-Leibler divergence
+    between the softmax (plus 1e-8) of the two rows; entries of importance at least
+    median + 1.5 (Q3 - Q1) are taken. The quantiles are exact here for every size (mergekit samples
+    tensors of more than 10^6 entries), and the result has the output dtype (float32 there).
+
+    Returns:
+        Tensor of the base's shape (*s), in the job's output dtype.
+    """
+    threshold = job.statistics.once(job, "fusion", job.sources, lambda: _threshold(job))
+    assert job.base is not None
+    out = torch.empty(job.like.shape, dtype=job.out_dtype, device=job.like.device)
+    for target, (a, b, importance) in zip(rows_in_chunks(out), _importance(job), strict=True):
+        mixed = a + (b - a) * (importance >= threshold)
+        if mixed.isnan().any():
+            raise job.not_a_number()
+        target.copy_(mixed)
+    return out
+
+
+def _importance(job: TensorJob) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Go over blocks of rows: base, other model, importance; each shape (r, m), work dtype."""
+    assert job.base is not None
+    blocks = (rows_in_chunks(job.base.tensor), rows_in_chunks(job.sources[0].tensor))
+    for rows_a, rows_b in zip(*blocks, strict=True):
+        a, b = rows_a.to(job.work_dtype), rows_b.to(job.work_dtype)
+        p, q = b.softmax(dim=-1).add_(1e-8), a.softmax(dim=-1).add_(1e-8)
+        divergence = (p * (p / q).log_()).sum(dim=-1, keepdim=True)
+        yield a, b, (b - a).abs_() * divergence
+
+
+def _threshold(job: TensorJob) -> float:
+    def importances(step: int) -> Iterator[np.ndarray]:
+        for _, _, importance in _importance(job):
+            array = importance.view(-1)[::step].to(torch.float32).cpu().numpy()
+            if np.isnan(np.sum(array)):
+                raise job.not_a_number()
+            yield array
+
+    n = job.like.numel()
+    ranks = Ranks(importances, n)
+    q1, median, q3 = (ranks.at(math.floor(q * (n - 1))).magnitude for q in (0.25, 0.5, 0.75))
+    return median + 1.5 * (q3 - q1)

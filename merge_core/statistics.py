@@ -1,0 +1,195 @@
+"""What is known of whole tensors, kept between merges of the same sources.
+
+A candidate changes weights and densities, not the models: order statistics of the deltas, their
+norms and angles are computed at the first need and remembered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_core.methods.job import Source, TensorJob, chunks, row_sums
+
+_T = TypeVar("_T")
+# A table of ranks lists at most so many magnitudes, chosen from a sample of so many entries.
+_MARKS, _SAMPLE = 1 << 11, 1 << 16
+# How many of the gaps between two marks are kept sorted.
+_GAPS = 32
+
+
+class StatisticsCache:
+    """Results by what they were computed from."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def once(self, job: TensorJob, what: Any, sources: Sequence[Source], compute: Callable[[], _T]) -> _T:
+        """Compute a statistic of the job's base and these sources, or recall it.
+
+        Args:
+            what: names the statistic, with every parameter that it depends on.
+        """
+        read = [*([job.base] if job.base else []), *sources]
+        key = (what, *((s.model, s.input_name, s.tensor.dtype, s.tensor.shape) for s in read))
+        if key not in self._known:
+            self._known[key] = compute()
+        result: _T = self._known[key]
+        return result
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The entries of one magnitude, in rising order of all: from rank `below` to `through`."""
+
+    magnitude: float
+    below: int
+    through: int
+
+
+class Ranks:
+    """The order of a tensor's magnitudes, exact for any rank, without sorting the tensor.
+
+    Marks, magnitudes found in a sample, cut the range into bins whose entries are counted in one
+    pass, chunk by chunk. Differences of bfloat16 numbers take few magnitudes, and the marks are
+    nearly all of them: a rank is then looked up. Else the few entries between two marks are
+    collected and sorted, at the first need.
+
+    Args:
+        magnitudes: goes over every step-th entry, chunk by chunk; each float32, no NaN.
+        n: how many entries there are.
+    """
+
+    def __init__(self, magnitudes: Callable[[int], Iterator[np.ndarray]], n: int) -> None:
+        self._magnitudes = magnitudes
+        step = n // _SAMPLE | 1  # odd, so as not to meet the same column in every row
+        marks = np.unique(np.concatenate(list(magnitudes(step))))
+        if len(marks) > _MARKS:
+            marks = marks[np.linspace(0, len(marks) - 1, _MARKS).astype(np.int64)]
+        self._marks = marks
+        self._below = np.zeros(len(marks), np.int64)
+        self._through = np.zeros(len(marks), np.int64)
+        for chunk in magnitudes(1):
+            ordered = np.sort(chunk)
+            self._below += np.searchsorted(ordered, marks, "left")
+            self._through += np.searchsorted(ordered, marks, "right")
+        self._gaps: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def at(self, rank: int) -> Rank:
+        """Find the magnitude of a rank in rising order, 0 <= rank < n."""
+        at = int(np.searchsorted(self._through, rank, "right"))
+        if at < len(self._marks) and self._below[at] <= rank:
+            return Rank(float(self._marks[at]), int(self._below[at]), int(self._through[at]))
+        gap = self._gap(at)
+        start = int(self._through[at - 1]) if at else 0
+        value = gap[rank - start]
+        below, through = np.searchsorted(gap, value, "left"), np.searchsorted(gap, value, "right")
+        return Rank(float(value), start + int(below), start + int(through))
+
+    def _gap(self, at: int) -> np.ndarray:
+        """Sort the entries that lie between two marks."""
+        if at not in self._gaps:
+            low = self._marks[at - 1] if at else np.float32(-np.inf)
+            high = self._marks[at] if at < len(self._marks) else np.float32(np.inf)
+            found = [chunk[(chunk > low) & (chunk < high)] for chunk in self._magnitudes(1)]
+            self._gaps[at] = np.sort(np.concatenate(found))
+            if len(self._gaps) > _GAPS:
+                self._gaps.popitem(last=False)
+        return self._gaps[at]
+
+
+def delta_chunks(job: TensorJob, source: Source, step: int = 1) -> Iterator[Tensor]:
+    """Go over every step-th entry of source minus base in the work dtype, chunk by chunk."""
+    assert job.base is not None
+    base, x = job.base.tensor.reshape(-1), source.tensor.reshape(-1)
+    for start, stop in chunks(x.numel()):
+        yield x[start:stop:step].to(job.work_dtype) - base[start:stop:step].to(job.work_dtype)
+
+
+def delta_ranks(job: TensorJob, source: Source) -> Ranks:
+    """Return the order of a delta's magnitudes, taken as float32.
+
+    Raises:
+        CheckpointError: the delta has NaN, which has no rank.
+    """
+
+    def magnitudes(step: int) -> Iterator[np.ndarray]:
+        for delta in delta_chunks(job, source, step):
+            array = delta.abs_().to(torch.float32).cpu().numpy()
+            if np.isnan(np.sum(array)):
+                raise job.not_a_number()
+            yield array
+
+    return job.statistics.once(job, "ranks", [source], lambda: Ranks(magnitudes, source.tensor.numel()))
+
+
+def is_zero(job: TensorJob, source: Source) -> bool:
+    """Tell whether a model's tensor equals the base's in every entry."""
+    assert job.base is not None
+    base = job.base.tensor
+    return job.statistics.once(job, "is_zero", [source], lambda: torch.equal(base, source.tensor))
+
+
+def as_it_is(job: TensorJob, source: Source) -> Tensor:
+    """Return a source's tensor in the output dtype.
+
+    Raises:
+        CheckpointError: it has entries that are not numbers.
+    """
+
+    def has_nan() -> bool:
+        flat = source.tensor.reshape(-1)
+        sums = (flat[start:stop].sum(dtype=job.work_dtype) for start, stop in chunks(flat.numel()))
+        # A sum of chunks sees a NaN at the speed of memory; infinite entries may make one, too.
+        return math.isnan(sum(map(float, sums))) and bool(flat.isnan().any())
+
+    if job.statistics.once(job, "has_nan", [source], has_nan):
+        raise job.not_a_number()
+    return source.tensor.to(job.out_dtype)
+
+
+def largest_magnitude(job: TensorJob, source: Source) -> float:
+    """Return the largest magnitude of a delta."""
+    return job.statistics.once(
+        job,
+        "largest",
+        [source],
+        lambda: max(float(delta.abs_().max()) for delta in delta_chunks(job, source)),
+    )
+
+
+def gram(job: TensorJob, vectors: Sequence[Source]) -> np.ndarray:
+    """Return the scalar products of the tensors, or of their deltas where the job has a base.
+
+    Returns:
+        float64, shape (len(vectors), len(vectors)); the tensors are taken as vectors, whole.
+    """
+
+    def compute() -> np.ndarray:
+        sums: dict[tuple[int, int], list[float]] = {
+            (i, j): [] for i in range(len(vectors)) for j in range(i + 1)
+        }
+        base = job.base.tensor.reshape(-1) if job.base else None
+        flat = [source.tensor.reshape(-1) for source in vectors]
+        for start, stop in chunks(flat[0].numel()):
+            parts = [x[start:stop].to(job.work_dtype) for x in flat]
+            if base is not None:
+                b = base[start:stop].to(job.work_dtype)
+                parts = [part - b for part in parts]
+            for (i, j), rows in sums.items():
+                rows += row_sums(parts[i] * parts[j])
+        products = np.empty((len(vectors), len(vectors)))
+        for (i, j), rows in sums.items():
+            products[i, j] = products[j, i] = math.fsum(rows)
+        if np.isnan(products).any():
+            raise job.not_a_number()
+        return products
+
+    return job.statistics.once(job, "gram", vectors, compute)
