@@ -58,7 +58,11 @@ def mask(kind: Kind, o: Operands, delta: Any) -> Any:
     if kind == "random":
         k0, k1, last = o.integer(), o.integer(), o.integer()
         return at_most(hash_words(k0, k1, o.index, o.index_high), last)
-    magnitude = delta.abs().to(torch.float32)
+    return mask_of_magnitudes(kind, o, delta.abs().to(torch.float32))
+
+
+def mask_of_magnitudes(kind: Kind, o: Operands, magnitude: Any) -> Any:
+    """Tell which entries of a chunk are kept by their magnitude, float32, shape (n,)."""
     if kind == "largest":
         threshold = o.number()
         kept = indicator(torch.gt, magnitude, threshold)

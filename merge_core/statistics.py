@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge_core.methods.entrywise import Operands, Values, evaluated
 from merge_core.methods.job import Source, TensorJob, chunks, row_sums
 
 _T = TypeVar("_T")
@@ -63,24 +64,27 @@ class Ranks:
     collected and sorted, at the first need.
 
     Args:
-        magnitudes: goes over every step-th entry, chunk by chunk; each float32, no NaN.
+        magnitudes: goes over the tensor, chunk by chunk; each float32, shape (m,), no NaN.
         n: how many entries there are.
     """
 
-    def __init__(self, magnitudes: Callable[[int], Iterator[np.ndarray]], n: int) -> None:
+    def __init__(self, magnitudes: Callable[[], Iterable[Tensor]], n: int) -> None:
         self._magnitudes = magnitudes
         step = n // _SAMPLE | 1  # odd, so as not to meet the same column in every row
-        marks = np.unique(np.concatenate(list(magnitudes(step))))
+        marks = np.unique(np.concatenate([chunk[::step] for chunk in self._chunks()]))
         if len(marks) > _MARKS:
             marks = marks[np.linspace(0, len(marks) - 1, _MARKS).astype(np.int64)]
         self._marks = marks
         self._below = np.zeros(len(marks), np.int64)
         self._through = np.zeros(len(marks), np.int64)
-        for chunk in magnitudes(1):
+        for chunk in self._chunks():
             ordered = np.sort(chunk)
             self._below += np.searchsorted(ordered, marks, "left")
             self._through += np.searchsorted(ordered, marks, "right")
         self._gaps: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        return (chunk.cpu().numpy() for chunk in self._magnitudes())
 
     def at(self, rank: int) -> Rank:
         """Find the magnitude of a rank in rising order, 0 <= rank < n."""
@@ -98,19 +102,11 @@ class Ranks:
         if at not in self._gaps:
             low = self._marks[at - 1] if at else np.float32(-np.inf)
             high = self._marks[at] if at < len(self._marks) else np.float32(np.inf)
-            found = [chunk[(chunk > low) & (chunk < high)] for chunk in self._magnitudes(1)]
+            found = [chunk[(chunk > low) & (chunk < high)] for chunk in self._chunks()]
             self._gaps[at] = np.sort(np.concatenate(found))
             if len(self._gaps) > _GAPS:
                 self._gaps.popitem(last=False)
         return self._gaps[at]
-
-
-def delta_chunks(job: TensorJob, source: Source, step: int = 1) -> Iterator[Tensor]:
-    """Go over every step-th entry of source minus base in the work dtype, chunk by chunk."""
-    assert job.base is not None
-    base, x = job.base.tensor.reshape(-1), source.tensor.reshape(-1)
-    for start, stop in chunks(x.numel()):
-        yield x[start:stop:step].to(job.work_dtype) - base[start:stop:step].to(job.work_dtype)
 
 
 def delta_ranks(job: TensorJob, source: Source) -> Ranks:
@@ -120,14 +116,15 @@ def delta_ranks(job: TensorJob, source: Source) -> Ranks:
         CheckpointError: the delta has NaN, which has no rank.
     """
 
-    def magnitudes(step: int) -> Iterator[np.ndarray]:
-        for delta in delta_chunks(job, source, step):
-            array = delta.abs_().to(torch.float32).cpu().numpy()
-            if np.isnan(np.sum(array)):
-                raise job.not_a_number()
-            yield array
+    def ranks() -> Ranks:
+        return Ranks(lambda: evaluated(job, magnitude, None, [source.tensor], Values()), job.like.numel())
 
-    return job.statistics.once(job, "ranks", [source], lambda: Ranks(magnitudes, source.tensor.numel()))
+    return job.statistics.once(job, "ranks", [source], ranks)
+
+
+def magnitude(structure: Any, o: Operands) -> Any:
+    """A formula: the magnitude of a delta."""
+    return (o.xs[0] - o.base).abs()
 
 
 def is_zero(job: TensorJob, source: Source) -> bool:
@@ -161,7 +158,7 @@ def largest_magnitude(job: TensorJob, source: Source) -> float:
         job,
         "largest",
         [source],
-        lambda: max(float(delta.abs_().max()) for delta in delta_chunks(job, source)),
+        lambda: max(float(m.max()) for m in evaluated(job, magnitude, None, [source.tensor], Values())),
     )
 
 

@@ -201,20 +201,25 @@ class Loop:
         integers: Sequence[int],
         arrays: Sequence[Tensor],
         out: Tensor | None,
+        start: int = 0,
     ) -> int:
-        """Run over all entries: how many results are NaN, or the sum where there is no `out`."""
+        """Run over all entries: how many results are NaN, or the sum where there is no `out`.
+
+        Args:
+            start: flat index of the first entry, where the tensors are chunks.
+        """
         held = [t.contiguous() for t in (*([] if base is None else [base]), *xs, *arrays)]
         tensors = held if out is None else [*held, out]
         reals = (ctypes.c_double * max(1, len(numbers)))(*numbers)
         whole = (ctypes.c_int32 * max(1, len(integers)))(*integers)
         n = tensors[0].numel()
         found = 0
-        for start in range(0, n, _CALL):
+        for at in range(0, n, _CALL):
             pointers = (ctypes.c_void_p * len(tensors))(
-                *(t.data_ptr() + start * t.element_size() for t in tensors)
+                *(t.data_ptr() + at * t.element_size() for t in tensors)
             )
-            count = ctypes.c_int64(min(_CALL, n - start))
-            low, high = start & 0xFFFFFFFF, high_word(start)
+            count = ctypes.c_int64(min(_CALL, n - at))
+            low, high = (start + at) & 0xFFFFFFFF, high_word(start + at)
             found += self._run(count, ctypes.c_uint32(low), ctypes.c_int32(high), pointers, reals, whole)
         return found
 

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from merge_core.methods.entrywise import Operands, Values, entries, indicator, operands, total
-from merge_core.methods.job import TensorJob, chunks, row_sums
+from merge_core.methods.entrywise import Operands, Values, entries, evaluated, indicator, total
+from merge_core.methods.job import TensorJob, row_sums
 from merge_core.randomness import last_kept
-from merge_core.sparsify import mask
+from merge_core.sparsify import mask_of_magnitudes
 from merge_core.statistics import Ranks, as_it_is
 
 
@@ -52,8 +51,8 @@ def sce(job: TensorJob) -> Tensor:
     return entries(job, _agreed, kind, tensors, Values(numbers, values.integers))
 
 
-def _variance(o: Operands) -> Any:
-    """Population variance of the deltas over the models, shape (n,)."""
+def _variance(structure: Any, o: Operands) -> Any:
+    """A formula: population variance of the deltas over the models."""
     deltas = [x - o.base for x in o.xs]
     share = 1.0 / len(deltas)
     mean = deltas[0] * share
@@ -68,40 +67,51 @@ def _variance(o: Operands) -> Any:
     return variance
 
 
+def _variances(job: TensorJob) -> tuple[Ranks, int]:
+    """Order of the variances, and how many are not zero."""
+    tensors = [source.tensor for source in job.sources]
+
+    def variances() -> Iterator[Tensor]:
+        return evaluated(job, _variance, None, tensors, Values())
+
+    nonzero = sum(int(variance.count_nonzero()) for variance in variances())
+    return Ranks(variances, job.like.numel()), nonzero
+
+
 def _selected(kind: Any, o: Operands) -> list[Any]:
     """Deltas of the selected entries, zero elsewhere."""
     deltas = [x - o.base for x in o.xs]
     if kind != "all":
-        kept = mask("largest", o, _variance(o))
+        kept = _kept(o)
         for delta in deltas:
             delta *= kept
     return deltas
 
 
-def _variances(job: TensorJob) -> tuple[Ranks, int]:
-    tensors = [source.tensor for source in job.sources]
+def _kept(o: Operands) -> Any:
+    return mask_of_magnitudes("largest", o, _variance(None, o).to(torch.float32))
 
-    def variances(step: int) -> Iterator[np.ndarray]:
-        for start, stop in chunks(job.like.numel()):
-            variance = _variance(operands(job, tensors, Values(), start, stop))
-            array = variance[::step].to(torch.float32).cpu().numpy()
-            if np.isnan(np.sum(array)):
-                raise job.not_a_number()
-            yield array
 
-    nonzero = sum(int(np.count_nonzero(array)) for array in variances(1))
-    return Ranks(variances, job.like.numel()), nonzero
+def _energy(structure: Any, o: Operands) -> Any:
+    """A formula: the square of one model's delta where it is selected."""
+    kind, i = structure
+    delta = _selected(kind, o)[i]
+    return delta * delta
 
 
 def _energies(job: TensorJob, kind: Any, values: Values) -> list[float]:
     """Mean squares of the selected deltas, one a model."""
-    rows: list[list[float]] = [[] for _ in job.sources]
     tensors = [source.tensor for source in job.sources]
-    for start, stop in chunks(job.like.numel()):
-        deltas = _selected(kind, operands(job, tensors, values, start, stop))
-        for sums, delta in zip(rows, deltas, strict=True):
-            sums += row_sums(delta.mul_(delta))
-    return [math.fsum(sums) / job.like.numel() for sums in rows]
+    n = job.like.numel()
+    return [
+        math.fsum(
+            total
+            for squares in evaluated(job, _energy, (kind, i), tensors, values)
+            for total in row_sums(squares)
+        )
+        / n
+        for i in range(len(tensors))
+    ]
 
 
 def _agreed(kind: Any, o: Operands) -> Any:

@@ -9,7 +9,7 @@ fuses a multiplication with an addition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +107,7 @@ def entries(
         Tensor of the job's shape and output dtype.
     """
     out = torch.empty(job.like.shape, dtype=job.out_dtype, device=job.like.device)
-    loop = _loop(job, formula, structure, sources, values, out)
+    loop = _loop(job, formula, structure, sources, values, job.out_dtype)
     if loop is not None:
         has_nan = loop.run(_base(job), sources, values.numbers, values.integers, values.arrays, out) != 0
     else:
@@ -136,6 +136,29 @@ def total(
         int(formula(structure, operands(job, sources, values, start, stop)).to(torch.int64).sum())
         for start, stop in chunks(job.like.numel())
     )
+
+
+def evaluated(
+    job: TensorJob, formula: Formula, structure: Hashable, sources: Sequence[Tensor], values: Values
+) -> Iterator[Tensor]:
+    """Compute a formula in float32, a chunk at a time.
+
+    Raises:
+        CheckpointError: a result is not a number.
+    """
+    loop = _loop(job, formula, structure, sources, values, torch.float32)
+    for start, stop in chunks(job.like.numel()):
+        if loop is not None:
+            xs = [tensor.reshape(-1)[start:stop] for tensor in sources]
+            base = job.base.tensor.reshape(-1)[start:stop] if job.base else None
+            result = torch.empty(stop - start, dtype=torch.float32)
+            has_nan = loop.run(base, xs, values.numbers, values.integers, (), result, start) != 0
+        else:
+            result = formula(structure, operands(job, sources, values, start, stop)).to(torch.float32)
+            has_nan = bool(torch.isnan(result.sum()) and result.isnan().any())
+        if has_nan:
+            raise job.not_a_number()
+        yield result
 
 
 def operands(
@@ -171,7 +194,7 @@ def _loop(
     structure: Hashable,
     sources: Sequence[Tensor],
     values: Values,
-    out: Tensor | None,
+    out: torch.dtype | None,
 ) -> Loop | None:
     if not job.compiles or not is_compilable(job.like):
         return None
@@ -185,7 +208,7 @@ def _loop(
         trace,
         None if base is None else base.dtype,
         tuple(x.dtype for x in sources),
-        None if out is None else out.dtype,
+        out,
         job.work_dtype,
         (len(values.numbers), len(values.integers), len(values.arrays)),
     )

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,12 +68,11 @@ def _importance(job: TensorJob) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _threshold(job: TensorJob) -> float:
-    def importances(step: int) -> Iterator[np.ndarray]:
+    def importances() -> Iterator[Tensor]:
         for _, _, importance in _importance(job):
-            array = importance.view(-1)[::step].to(torch.float32).cpu().numpy()
-            if np.isnan(np.sum(array)):
+            if importance.isnan().any():
                 raise job.not_a_number()
-            yield array
+            yield importance.view(-1).to(torch.float32)
 
     n = job.like.numel()
     ranks = Ranks(importances, n)
