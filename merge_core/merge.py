@@ -191,9 +191,10 @@ def save_merged(
         OutputError, CheckpointError, RecipeError, HubUnreachableError.
     """
     sources = sources or Sources()
+    layout = [(planned.name, planned.dtype, planned.shape) for planned in plan_merge(recipe, sources)]
     stream = merged_tensors(recipe, sources, device=device)
     with complete_folder(Path(folder), overwrite) as part:
-        write_shards(((name, tensor.cpu()) for name, tensor in stream), part, shard_bytes)
+        write_shards(layout, stream, part, shard_bytes)
         config = merged_config(recipe, sources)
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (part / "mergekit_config.yml").write_text(recipe_text or recipe.to_yaml())

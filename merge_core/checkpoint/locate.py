@@ -1,7 +1,8 @@
 """From a model reference as written in a recipe to a folder on this machine.
 
 A reference is a local path or a Hub id with an optional `@revision`. Only the files a merge needs
-are downloaded, templates included, through huggingface_hub's own cache and login.
+are downloaded, templates included, through huggingface_hub's own cache and login; weights as .bin
+only where there are none as safetensors.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PATTERNS = [
     "*.tiktoken",
     "*.py",
 ]
+BIN_PATTERNS = ["pytorch_model*.bin"]
 # Second copies of the weights (Mistral's and Meta's own format, subfolders of other runtimes).
 IGNORED = ["consolidated*", "*/*.safetensors", "*/*.json"]
 
@@ -71,9 +73,16 @@ def _download(reference: str, name: str, revision: str | None) -> Path:
 
     where = f"model {reference!r}: no folder of that name here, and on the Hub"
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
-        )
+        # Each call returns the same folder, which then holds what was asked for so far.
+        for patterns in (PATTERNS, BIN_PATTERNS):
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED
+                )
+            )
+            if any(folder.glob("*.safetensors")):
+                break
+        return folder
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{where} it is gated; accept its terms on its page and log in with `hf auth login`"

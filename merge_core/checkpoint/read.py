@@ -1,4 +1,4 @@
-"""Lazy reading of a safetensors checkpoint: names, shapes and dtypes first, bytes when asked.
+"""Lazy reading of a checkpoint: names, shapes and dtypes first, bytes when asked.
 
 Files stay memory-mapped: a tensor that is read is a view of the page cache, shared by every
 process that reads the same file, and costs no private memory.
@@ -6,61 +6,35 @@ process that reads the same file, and costs no private memory.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
-import math
+import mmap
 import re
-from dataclasses import dataclass
-from functools import cached_property
+import sys
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_core.checkpoint.bin_file import BinFile
 from merge_core.checkpoint.locate import locate
+from merge_core.checkpoint.safetensors_file import SafetensorsFile
+from merge_core.checkpoint.safetensors_file import TensorInfo as TensorInfo
 from merge_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
-# safetensors' own limit for a header.
-MAX_HEADER_BYTES = 100_000_000
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}
-
-_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of a tensor: its file, torch dtype name and shape."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether a merge computes with it; integer and boolean buffers are only copied."""
-        return self.dtype in _DTYPES.values()
+# Where weights may lie, the preferred first; each a file or the index of several.
+_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
-    """One model's folder, opened for reading.
+    """One model's folder, opened for reading: safetensors, else .bin.
+
+    Several threads may read at the same time.
 
     Attributes:
         reference: the model as written in the recipe.
@@ -75,9 +49,22 @@ class Checkpoint:
         self.reference = reference
         self.folder = locate(reference)
         self.tensors: dict[str, TensorInfo] = {}
-        for file in self._files():
-            self.tensors.update(_read_header(self.reference, self.folder / file))
-        self._handles: dict[str, Any] = {}
+        self._files: dict[str, SafetensorsFile | BinFile] = {}
+        for file, expected in self._shards().items():
+            self._files[file] = opened = self._open(self.folder / file)
+            lacking = next((name for name in expected if name not in opened.tensors), None)
+            if lacking is not None:
+                raise CheckpointError(
+                    f"model {reference!r}: the index says that {lacking} is in {file}, which does not "
+                    f"hold it; restore the matching files in {self.folder}"
+                )
+            twice = next((name for name in opened.tensors if name in self.tensors), None)
+            if twice is not None:
+                raise CheckpointError(
+                    f"model {reference!r}: {twice} is in {self.tensors[twice].file} and in {file}; "
+                    f"restore the matching files in {self.folder}"
+                )
+            self.tensors.update(opened.tensors)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -96,96 +83,90 @@ class Checkpoint:
             raise CheckpointError(f"{path} is not a JSON object; restore the file")
         return config
 
-    def _files(self) -> list[str]:
-        index = self.folder / INDEX
-        if (self.folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        if index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"{index} is not a valid index ({error!r}); restore it") from None
-            for file in files:
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise CheckpointError(
-                        f"{index} names {file!r}; shards must lie in the model's own folder"
-                    )
-                if not (self.folder / file).is_file():
-                    raise CheckpointError(
-                        f"model {self.reference!r}: shard {file} is missing in {self.folder}; "
-                        f"download it again"
-                    )
-            return files
-        if list(self.folder.glob("pytorch_model*.bin")):
+    def _shards(self) -> dict[str, list[str]]:
+        """List the files that hold the weights, and the tensors that an index promises in each."""
+        found = next((name for name in _WEIGHTS if (self.folder / name).is_file()), None)
+        if found is None:
             raise CheckpointError(
-                f"model {self.reference!r} is stored as .bin (pickle), which is not read; convert it "
-                f"to safetensors with save_pretrained"
+                f"model {self.reference!r} has no {', '.join(_WEIGHTS[:-1])} or {_WEIGHTS[-1]} in "
+                f"{self.folder}; name the folder of a Transformers model with its weights"
             )
-        raise CheckpointError(
-            f"model {self.reference!r} has no model.safetensors or {INDEX} in {self.folder}; name "
-            f"a model saved as safetensors (.bin is not read; convert it with save_pretrained)"
-        )
+        return {found: []} if not found.endswith(".json") else self._read_index(self.folder / found)
+
+    def _read_index(self, index: Path) -> dict[str, list[str]]:
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"].items()
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{index} is not a valid index ({error!r}); restore it") from None
+        if not weight_map:
+            raise CheckpointError(f"{index} names no tensors; restore it")
+        shards: dict[str, list[str]] = {}
+        for name, file in weight_map:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    f"{index} names {file!r}; shards must lie in the model's own folder"
+                )
+            shards.setdefault(file, []).append(name)
+        for file in shards:
+            if not (self.folder / file).is_file():
+                raise CheckpointError(
+                    f"model {self.reference!r}: shard {file} is missing in {self.folder}; "
+                    f"download it again"
+                )
+        return dict(sorted(shards.items()))
+
+    def _open(self, path: Path) -> SafetensorsFile | BinFile:
+        try:
+            with path.open("rb") as f:
+                begin = f.read(len(_LFS_POINTER))
+            if begin == _LFS_POINTER:
+                raise CheckpointError(
+                    f"model {self.reference!r}: {path} is a Git LFS pointer and not the weights; "
+                    f"run `git lfs pull` there"
+                )
+            kind = BinFile if path.suffix == ".bin" else SafetensorsFile
+            return kind(self.reference, path)
+        except OSError as error:
+            raise CheckpointError(
+                f"model {self.reference!r}: {path} cannot be read ({error.strerror}); make it readable"
+            ) from None
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as a read-only view of its file, on the CPU; never write into it."""
-        from safetensors import safe_open
+        """Return a tensor on the CPU, contiguous and where it can be a view; never write into it."""
+        return self._view(name).contiguous()
 
-        file = self.tensors[name].file
-        if file not in self._handles:
-            self._handles[file] = safe_open(self.folder / file, framework="pt", device="cpu")
-        tensor: Tensor = self._handles[file].get_tensor(name)
-        return tensor
+    def prefetch(self, name: str) -> None:
+        """Tell the system that a tensor's bytes will be wanted, so that the disk works meanwhile."""
+        _will_need(self._view(name))
+
+    def _view(self, name: str) -> Tensor:
+        return self._files[self.tensors[name].file].view(name)
 
     def fingerprint(self) -> str:
         """Hash of file names, sizes and headers: changes when another checkpoint lies there."""
         digest = hashlib.sha256()
-        for file in self._files():
-            path = self.folder / file
-            with path.open("rb") as f:
-                length = int.from_bytes(f.read(8), "little")
-                digest.update(f"{file}\0{path.stat().st_size}\0".encode() + f.read(length))
+        for file, opened in self._files.items():
+            size = (self.folder / file).stat().st_size
+            digest.update(f"{file}\0{size}\0".encode() + opened.header())
         return digest.hexdigest()[:16]
 
 
-def _entry(info: dict[str, Any]) -> tuple[str, tuple[int, ...], int]:
-    """Check what a header says of one tensor: dtype, shape and where its bytes end.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is not a tensor.
-    """
-    dtype, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError("not a number")
-    size = _BYTES.get(dtype)
-    if size is not None and math.prod(shape) * size != stop - start:
-        raise ValueError("shape and bytes differ")
-    return dtype, shape, stop
+def _will_need(view: Tensor) -> None:
+    """Start reading the part of a mapped file that a tensor is a view of; return at once."""
+    if sys.platform != "linux" or not view.numel():
+        return
+    storage = view.untyped_storage()
+    first = view.data_ptr()
+    # A strided view reaches to its last element, and no further than its storage.
+    reach = 1 + sum((n - 1) * step for n, step in zip(view.shape, view.stride(), strict=True))
+    stop = min(first + reach * view.element_size(), storage.data_ptr() + storage.nbytes())
+    first -= first % mmap.PAGESIZE
+    _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), mmap.MADV_WILLNEED)
 
 
-def _read_header(reference: str, path: Path) -> dict[str, TensorInfo]:
-    """Read a safetensors header; its format is https://github.com/huggingface/safetensors#format."""
-    damaged = f"model {reference!r}: {path} is damaged"
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{damaged}: its header does not fit its {size} bytes; download it again"
-            )
-        try:
-            header = json.loads(f.read(length))
-            entries = {name: _entry(info) for name, info in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            raise CheckpointError(f"{damaged}: its header cannot be read; download it again") from None
-    end = max((stop for _, _, stop in entries.values()), default=0)
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{damaged}: it has {size} bytes where its header says {8 + length + end}; download it again"
-        )
-    return {
-        name: TensorInfo(path.name, _DTYPES.get(dtype, dtype), shape)
-        for name, (dtype, shape, _) in entries.items()
-    }
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 _LAYER = re.compile(r"^(.*?\.|)(\d+)(\..+)$")

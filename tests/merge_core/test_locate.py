@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT.parent / "shared/hub/serve.py"
@@ -59,7 +61,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, llamas) -> Iterator[tuple[str,
     """The stand-in Hub's address and the folder of its models."""
     root = tmp_path_factory.mktemp("hub")
     models = root / "models/org"
-    for name in ("tiny", "secret", "extra", "pickled"):
+    for name in ("tiny", "secret", "extra", "pickled", "weightless"):
         shutil.copytree(llamas.x, models / name)
         for file in (*NEEDED, *UNNEEDED):
             if not (models / name / file).exists():
@@ -68,7 +70,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory, llamas) -> Iterator[tuple[str,
     (models / "extra/original").mkdir()
     shutil.copy(models / "extra/model.safetensors", models / "extra/original/consolidated.safetensors")
     shutil.copy(models / "extra/model.safetensors", models / "extra/consolidated.safetensors")
+    torch.save(load_file(models / "tiny/model.safetensors"), models / "pickled/pytorch_model.bin")
+    (models / "pickled/original").mkdir()
+    shutil.copy(models / "pickled/pytorch_model.bin", models / "pickled/original")
     (models / "pickled/model.safetensors").unlink()
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        (models / "weightless" / file).unlink()
     port = free_port()
     server = subprocess.Popen(
         [sys.executable, str(SERVER), str(root), "--port", str(port), "--token", "secret"],
@@ -115,6 +122,7 @@ def run_client(address: str, home: Path, *references: str, cwd: Path, **environm
 
 
 REFERENCES = ["org/tiny", "org/tiny@main", "org/gone", "org/secret", "org/extra", "org/pickled"]
+REFERENCES += ["org/weightless"]
 
 # Nothing here may be looked up on the Hub: each is a path that does not exist.
 PATHS = [
@@ -156,8 +164,6 @@ def unreachable(home) -> dict[str, dict]:
 
 
 def sums(model: str) -> dict[str, float]:
-    from safetensors.torch import load_file
-
     tensors = load_file(Path(model) / "model.safetensors")
     return {name: float(tensor.double().sum()) for name, tensor in tensors.items()}
 
@@ -183,6 +189,15 @@ def test_second_copies_of_the_weights_are_not_downloaded(found, file):
 
 
 @needs_server
+def test_bin_weights_are_downloaded_where_there_are_no_safetensors(found, llamas):
+    assert found["org/pickled"].get("faults") is None
+    assert {*NEEDED, "pytorch_model.bin"} - {"model.safetensors"} <= set(found["org/pickled"]["files"])
+    assert found["org/pickled"]["sums"] == pytest.approx(sums(llamas.x))
+    for file in {"original/pytorch_model.bin", *UNNEEDED} - {"pytorch_model.bin"}:
+        assert file not in found["org/pickled"]["files"]
+
+
+@needs_server
 def test_a_revision_may_be_named(found):
     assert found["org/tiny@main"] == found["org/tiny"]
 
@@ -193,9 +208,9 @@ def test_a_revision_may_be_named(found):
     [
         ("org/gone", ["'org/gone'", "correct the name", "HF_TOKEN"]),
         ("org/secret", ["'org/secret'", "private", "HF_TOKEN"]),
-        ("org/pickled", ["'org/pickled'", ".bin", "safetensors"]),
+        ("org/weightless", ["'org/weightless'", "pytorch_model.bin", "model.safetensors"]),
     ],
-    ids=["missing", "private", "only .bin"],
+    ids=["missing", "private", "without weights"],
 )
 def test_what_cannot_be_had_is_a_checkpoint_error_that_says_what_to_do(found, reference, expected):
     result = found[reference]
@@ -244,8 +259,10 @@ def test_a_revision_that_does_not_exist_is_a_checkpoint_error_that_says_what_to_
 def test_a_downloaded_model_is_found_without_the_hub(found, home, tmp_path, offline):
     nobody = f"http://127.0.0.1:{free_port()}"
     environment = {"HF_HUB_OFFLINE": "1"} if offline else {}
-    first, second = run_client(nobody, home, "org/tiny", "org/other", cwd=tmp_path, **environment)
+    references = ["org/tiny", "org/pickled", "org/other"]
+    first, pickled, second = run_client(nobody, home, *references, cwd=tmp_path, **environment)
     assert first["files"] == found["org/tiny"]["files"]
+    assert pickled["files"] == found["org/pickled"]["files"]
     assert second["error"] == ("CheckpointError" if offline else "HubUnreachableError")
 
 

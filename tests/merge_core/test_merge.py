@@ -587,7 +587,7 @@ DAMAGES = {
     "config.json is a list": (with_config("[]"), r"config\.json is not a JSON object"),
     "config.json with other layers": (with_config('{"num_hidden_layers": 9}'), r"says 9 layers, .* 4;"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no model\.safetensors"),
-    "only .bin": (only_bin, r"stored as \.bin .*convert it to safetensors"),
+    "a .bin that is none": (only_bin, r"pytorch_model\.bin is damaged or no file of weights"),
     "a missing shard": (drop_shard, r"shard gone\.safetensors is missing"),
     "an index that points outside": (
         with_index({"weight_map": {"a": "../x/model.safetensors"}}),
@@ -608,7 +608,7 @@ DAMAGES = {
     "a file of zeros": (with_weights(bytes(100)), r"is damaged"),
     "a git-lfs pointer": (
         with_weights(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"),
-        r"is damaged: its header does not fit",
+        r"is a Git LFS pointer .*git lfs pull",
     ),
     "a header of a web page": (with_weights(b"<html>" * 100), r"is damaged: its header does not fit"),
     "a header that is no JSON": (
