@@ -198,7 +198,7 @@ FAULTS = {
     ),
     "a method far from all": (
         changed(TIES, ["merge_method"], "zzz"),
-        r"^merge_method is 'zzz', .*; use one of: dare_linear, .*ties$",
+        r"^merge_method is 'zzz', .*; use one of: arcee_fusion, .*ties$",
     ),
     "no method": (changed(TIES, ["merge_method"]), r"^merge_method is missing; .*add it$"),
     "unknown parameter of a model": (
@@ -278,9 +278,9 @@ FAULTS = {
         changed(TIES, ["models", 1, "parameters", "weight"]),
         r"^models\[1\]\.parameters\.weight is missing; ties needs it, add weight: 1\.0$",
     ),
-    "models and slices": (
-        {**PASSTHROUGH, "models": [{"model": "a"}]},
-        r"`models:` or `slices:`, not both; remove one$",
+    "modules and slices": (
+        {**PASSTHROUGH, "modules": {"default": {"models": [{"model": "a"}]}}},
+        r"has `modules:`, or `models:` and `slices:`, not both; remove one$",
     ),
     "neither models nor slices": (
         changed(TIES, ["models"]),
