@@ -46,20 +46,28 @@ def export_yaml(
 def mergekit_notes(recipe: Recipe) -> list[str]:
     """Say where mergekit would make another model of this recipe, or none."""
     notes = []
-    method = METHODS[recipe.merge_method]
-    if method.is_random:
+    parts = [(part, METHODS[part.method]) for part in recipe.parts() if part.method]
+    for name in dict.fromkeys(method.name for _, method in parts if method.is_random):
         notes.append(
-            f"mergekit draws other random masks for {method.name} and ignores random_seed; "
+            f"mergekit draws other random masks for {name} and ignores random_seed; "
             f"only `evolve merge` makes the model that was scored"
         )
-    bases = {part.base_model or recipe.base_model for part in recipe.slices or ()}
-    listed = [{source.model for source in part.sources} for part in recipe.slices or ()]
-    if method.base == "required" and any(bases - models for models in listed):
+    _, body = recipe.body()
+    if body.models and body.slices:
+        notes.append("mergekit takes models or slices, not both; only `evolve merge` makes this model")
+    if any(entry.merge_method for entry in body.slices or ()):
+        notes.append("mergekit has one method for all slices; only `evolve merge` makes this model")
+    if body.slices and any(not source.place for part, _ in parts for source in part.sources):
         notes.append("mergekit wants the base model listed in every slice; it is added here by itself")
-    has_weight = "weight" in recipe.parameters or all(
-        "weight" in m.parameters for m in recipe.models or ()
+    if any(method.first_is_base for _, method in parts) and not recipe.base_model:
+        notes.append("mergekit wants a base_model; without one the first model is the base here")
+    has_weight = all(
+        any("weight" in level for level in (*source.levels, *part.levels))
+        for part, method in parts
+        if method.name == "linear"
+        for source in part.sources
     )
-    if method.name == "linear" and not has_weight:
+    if not has_weight:
         notes.append("mergekit wants a weight for every model; without one all count the same here")
     return notes
 

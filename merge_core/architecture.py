@@ -1,12 +1,15 @@
 """What a model is made of, read from its config and tensor names; no table of model families.
 
-Layers are the numbered blocks (`model.layers.7.`, `transformer.h.7.`); everything else lies before
-them (embeddings) or after them (final norm, output head).
+Layers are the numbered blocks of the language model (`model.layers.7.`, `transformer.h.7.`);
+everything else lies before them (embeddings, towers for other senses) or after them (final norm,
+output head).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from merge_core.checkpoint.read import Checkpoint, TensorInfo, split_layer
@@ -15,6 +18,9 @@ from merge_core.errors import CheckpointError
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("lm_head.", "embed_out.", "output_embedding", "output.weight", "output_projection")
 _EMBEDDINGS = ("embed", "wte", "wpe", "word_emb")
+_POSITIONS = ("wpe", "position", "embed_pos")
+# What stands in names of blocks that feed a language model, or guess ahead of it.
+_TOWERS = ("vision", "visual", "audio", "image", "speech", "multi_modal", "multimodal", "mm_", "mtp")
 
 
 class Architecture:
@@ -29,49 +35,36 @@ class Architecture:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        names = self._used_names()
-        self._names = frozenset(names)
-        counts = Counter(found[0] for name in names if (found := split_layer(name)))
-        if not counts:
-            raise CheckpointError(
-                f"model {checkpoint.reference!r} has no numbered layers among its tensors "
-                f"({', '.join(list(names)[:3])} ...); only models with numbered layers can be merged"
-            )
-        self.prefix = counts.most_common(1)[0][0]
+        names = [name for name, info in checkpoint.tensors.items() if not _is_recomputed(name, info)]
+        declared = layer_count(checkpoint.config)
+        self.prefix = _layer_prefix(names, declared, checkpoint.reference)
         layers: dict[int, list[str]] = {}
-        self.before: list[str] = []
-        self.after: list[str] = []
+        outside = []
         for name in names:
             found = split_layer(name)
             if found and found[0] == self.prefix:
                 layers.setdefault(found[1], []).append(found[2])
-            elif is_embedding(name):
-                self.before.append(name)
             else:
-                self.after.append(name)
+                outside.append(name)
         self.n_layers = max(layers) + 1
         self.layers = [layers.get(i, []) for i in range(self.n_layers)]
-        declared = layer_count(checkpoint.config)
         if declared is not None and declared != self.n_layers:
             raise CheckpointError(
                 f"model {checkpoint.reference!r}: config.json says {declared} layers, the tensors "
                 f"have {self.n_layers}; restore the matching files"
             )
-
-    @property
-    def ties_embeddings(self) -> bool:
-        """Whether the output head is the input embedding."""
-        return bool(text_config(self.checkpoint.config).get("tie_word_embeddings", False))
-
-    def _used_names(self) -> list[str]:
-        """Tensor names in file order, without buffers that Transformers recomputes and without an
-        output head that a tied model also stored.
-        """
-        tensors = self.checkpoint.tensors
-        names = [name for name, info in tensors.items() if not _is_recomputed(name, info)]
-        if self.ties_embeddings and any(is_embedding(name) for name in names):
-            names = [name for name in names if not _is_head(name)]
-        return names
+        heads = [name for name in outside if _is_head(name)]
+        flag = _tie_flag(checkpoint.config)
+        self.ties_embeddings = not heads if flag is None else flag
+        if self.ties_embeddings and any(is_embedding(name) for name in outside):
+            # What a tied model stored as its head beside the embedding is not read by anyone.
+            outside = [name for name in outside if name not in heads]
+        self.before = [name for name in outside if is_embedding(name) or _is_tower(name)]
+        self.after = [name for name in outside if not (is_embedding(name) or _is_tower(name))]
+        self._names = frozenset(outside).union(
+            self.layer_name(i, suffix) for i, suffixes in layers.items() for suffix in suffixes
+        )
+        self._own = {self.common_name(name): name for name in outside}
 
     def layer_name(self, layer: int, suffix: str) -> str:
         """Spell a layer's tensor name."""
@@ -81,15 +74,84 @@ class Architecture:
         """What the header says of a tensor; None where the model has none of that name."""
         return self.checkpoint.tensors.get(name) if name in self._names else None
 
+    def common_name(self, name: str) -> str:
+        """Return the name of a tensor outside the layers without what saving the bare model leaves out.
+
+        Fine-tunes of one model may call a tensor `transformer.wte.weight` or `wte.weight`.
+        """
+        stem = self.prefix.rsplit(".", 2)[0] if self.prefix.count(".") > 1 else ""
+        return name.removeprefix(f"{stem}.") if stem else name
+
+    def own_name(self, common_name: str) -> str | None:
+        """Spell a tensor outside the layers as this model does; None where it has none."""
+        return self._own.get(common_name)
+
+    @cached_property
+    def token_embedding(self) -> str | None:
+        """Name of the input embedding's table."""
+        tables = [name for name in self.before if is_embedding(name) and not _is_tower(name)]
+        tables = [name for name in tables if not any(word in name for word in _POSITIONS)]
+        return next((name for name in tables if len(self.checkpoint.tensors[name].shape) == 2), None)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has an output head of its own."""
+        return any(_is_head(name) for name in self.after)
+
+    def stand_in(self, head_name: str) -> str | None:
+        """Name what a tied model uses as the output head's weight, its input embedding."""
+        if self.ties_embeddings and _is_head(head_name) and head_name.endswith(".weight"):
+            return self.token_embedding
+        return None
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Tell whether a tensor outside the layers has a row for each token of the vocabulary."""
+        info = self.info(name)
+        if info is None or name.startswith(self.prefix) or _is_tower(name):
+            return False
+        is_table = _is_head(name) or is_embedding(name)
+        return is_table and info.shape[:1] == (self.vocabulary_size,)
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """How many tokens config.json speaks of."""
+        size = text_config(self.checkpoint.config).get("vocab_size")
+        return size if isinstance(size, int) else None
+
+
+def _layer_prefix(names: Iterable[str], declared: int | None, reference: str) -> str:
+    """Find the numbered blocks that are the language model's layers.
+
+    Those of which there are as many as config.json says; of several the one that is no tower for
+    another sense, with most tensors.
+    """
+    counts: Counter[str] = Counter()
+    depth: dict[str, int] = {}
+    for name in names:
+        if found := split_layer(name):
+            counts[found[0]] += 1
+            depth[found[0]] = max(depth.get(found[0], 0), found[1] + 1)
+    if not counts:
+        raise CheckpointError(
+            f"model {reference!r} has no numbered layers among its tensors "
+            f"({', '.join(list(names)[:3])} ...); only models with numbered layers can be merged"
+        )
+    return max(counts, key=lambda p: (not _is_tower(p), depth[p] == declared, counts[p]))
+
 
 def _is_recomputed(name: str, info: TensorInfo) -> bool:
     """Tell buffers that old checkpoints store: rotary frequencies and causal masks."""
     is_mask = name.endswith((".attn.bias", ".attention.bias")) and len(info.shape) == 4
-    return name.endswith((".inv_freq", ".masked_bias")) or is_mask
+    is_rotary = name.endswith((".inv_freq", ".cos_cached", ".sin_cached"))
+    return is_rotary or is_mask or name.endswith(".masked_bias")
 
 
 def _is_head(name: str) -> bool:
     return any(name.startswith(head) or f".{head}" in name for head in _HEADS)
+
+
+def _is_tower(name: str) -> bool:
+    return any(word in name for word in _TOWERS)
 
 
 def is_embedding(name: str) -> bool:
@@ -115,6 +177,17 @@ def layer_count(config: dict[str, Any]) -> int | None:
     return int(config[key]) if key else None
 
 
+def _tie_flag(config: dict[str, Any]) -> bool | None:
+    """Read whether the output head is the input embedding; None where config.json does not say.
+
+    Transformers leaves the key out where it is the family's default.
+    """
+    for part in (config, text_config(config)):
+        if isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
 def with_layers(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
     """Return the config of a model made of the base's layers `kept`, in that order.
 
@@ -132,4 +205,10 @@ def with_layers(config: dict[str, Any], kept: list[int]) -> dict[str, Any]:
         for name, value in part.items()
     }
     changed[key] = len(kept)
-    return changed if part is config else {**config, "text_config": changed}
+    return with_text_config(config, **changed)
+
+
+def with_text_config(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return config.json with changes to the part that describes the language model."""
+    part = text_config(config)
+    return {**config, **changes} if part is config else {**config, "text_config": {**part, **changes}}

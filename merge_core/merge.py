@@ -127,7 +127,7 @@ def _merge_one(
         if planned.shape and tensor.shape[0] > planned.shape[0]:
             tensor = tensor[: planned.shape[0]]
         parameters = {
-            name: look_up(name, parameter, (*entry.levels, *planned.levels), entry.name, planned.t)
+            name: look_up(name, parameter, (*entry.levels, *planned.levels), entry.filter_name, planned.t)
             for name, parameter in method.per_model.items()
             if entry is not planned.base
         }

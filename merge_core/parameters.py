@@ -7,11 +7,17 @@ nothing and the look-up goes on downwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from merge_core.errors import RecipeError
 from merge_core.methods import Parameter
+
+_KINDS: dict[str, Callable[[float | bool], float | bool]] = {
+    "boolean": bool,
+    "integer": int,
+    "number": float,
+}
 
 
 def value_at(setting: Any, tensor_name: str, t: float, steps: bool = False) -> float | bool | None:
@@ -60,7 +66,8 @@ def look_up(
     """Find a parameter's value: the first level that has one for this tensor, else the default.
 
     Args:
-        levels: mappings of parameters, highest precedence first (source, slice, top).
+        levels: mappings of parameters, highest precedence first: the model's own (not for shared
+            parameters), slice, module, recipe.
 
     Raises:
         RecipeError: a required parameter has no value for this tensor.
@@ -69,7 +76,7 @@ def look_up(
         if name in level:
             value = value_at(level[name], tensor_name, t, parameter.kind == "boolean")
             if value is not None:
-                return bool(value) if parameter.kind == "boolean" else float(value)
+                return _KINDS[parameter.kind](value)
     if parameter.default is None:
         raise RecipeError(
             f"{name} has no value for tensor {tensor_name}; no filter matches it, "

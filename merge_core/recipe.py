@@ -1,20 +1,18 @@
 """The recipe: a plain merge config, as mergekit reads and writes it, validated and frozen.
 
 `Recipe.load(path)` reads a YAML file, `Recipe.parse(data)` a mapping. Everything that can be said
-without opening a model is checked here, and every fault found is reported at once.
+without opening a model is checked, and every fault found is reported at once.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,11 +20,45 @@ from pydantic import (
     model_validator,
 )
 
-from merge_core.errors import RecipeError, nearest, schema_faults
-from merge_core.methods import METHODS, Method, Parameter
+from merge_core.errors import RecipeError, schema_faults, shown
+from merge_core.methods.parameter import plain_numbers
+from merge_core.parts import Part, parts_of
+from merge_core.recipe_check import Findings, check_recipe
+from merge_core.recipe_yaml import dump_yaml, load_yaml
+
+__all__ = ["ModelEntry", "ModuleEntry", "Recipe", "SliceEntry", "SourceEntry", "load_yaml"]
 
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
-MAX_YAML_BYTES = 4 << 20
+
+
+def _reference(value: Any) -> Any:
+    """Spell {model: {path, revision}, lora: {path, revision}} as `path@revision+path@revision`."""
+    if not isinstance(value, Mapping):
+        return value
+    if "model" not in value or set(value) - {"model", "lora"}:
+        raise ValueError(
+            "a model is named by text, or by {model: {path: ..., revision: ...}, lora: ...}; name it so"
+        )
+    return "+".join(_spelled(value[key]) for key in ("model", "lora") if value.get(key) is not None)
+
+
+def _spelled(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping) or "path" not in part or set(part) - {"path", "revision"}:
+        raise ValueError(f"{shown(part)} is not {{path: ..., revision: ...}}; write it so")
+    path, revision = part["path"], part.get("revision")
+    if not isinstance(path, str) or not isinstance(revision, str | None):
+        raise ValueError(f"path and revision in {shown(part)} must be text; quote them")
+    if revision is not None and "@" in path:
+        raise ValueError(f"path {path!r} has an '@' beside a revision; name a path without '@'")
+    return path if revision is None else f"{path}@{revision}"
+
+
+Reference = Annotated[str, BeforeValidator(_reference)]
+Parameters = Annotated[
+    dict[str, Any], BeforeValidator(lambda value: {} if value is None else plain_numbers(value))
+]
 
 
 class _Part(BaseModel):
@@ -36,8 +68,8 @@ class _Part(BaseModel):
 class ModelEntry(_Part):
     """One model of `models:`, with the parameters that belong to it."""
 
-    model: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    model: Reference
+    parameters: Parameters = Field(default_factory=dict)
 
 
 class SourceEntry(ModelEntry):
@@ -47,21 +79,42 @@ class SourceEntry(ModelEntry):
 
 
 class SliceEntry(_Part):
-    """One run of output layers and what it is made of."""
+    """One run of output layers and what it is made of; method and base may be its own."""
 
     sources: tuple[SourceEntry, ...] = Field(min_length=1)
-    base_model: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    merge_method: str | None = None
+    base_model: Reference | None = None
+    parameters: Parameters = Field(default_factory=dict)
+    residual_weight: float | None = None
+
+
+class ModuleEntry(_Part):
+    """The body of a recipe under the name of the module that it makes."""
+
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[SliceEntry, ...] | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_models(self) -> ModuleEntry:
+        if not self.models and not self.slices:
+            raise ValueError("a module needs `models:` or `slices:`; add one")
+        return self
 
 
 class Recipe(_Part):
-    """A merge config with every value fixed; hashable by its text, safe to share."""
+    """A merge config with every value fixed; hashable by its text, safe to share.
 
-    merge_method: str
-    base_model: str | None = None
+    `models:` merges whole models, `slices:` runs of their layers. With both, slices say which
+    layers, and the parameters of a model stand just below those of its sources in the slices.
+    """
+
+    merge_method: str | None = None
+    base_model: Reference | None = None
     models: tuple[ModelEntry, ...] | None = None
     slices: tuple[SliceEntry, ...] | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    modules: dict[str, ModuleEntry] | None = None
+    parameters: Parameters = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: Literal["base"] | None = None
@@ -72,19 +125,38 @@ class Recipe(_Part):
     def _without_torch_prefix(cls, value: Any) -> Any:
         return value.removeprefix("torch.") if isinstance(value, str) else value
 
-    @field_validator("parameters", "models", "slices", mode="before")
+    @field_validator("tokenizer_source", mode="before")
     @classmethod
-    def _empty_is_absent(cls, value: Any, info: Any) -> Any:
-        if value is None and info.field_name == "parameters":
-            return {}
+    def _only_the_bases_tokenizer(cls, value: Any) -> Any:
+        if value not in (None, "base"):
+            raise ValueError("the base's tokenizer is the only one that can be kept; write base")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other_tokenizer(cls, data: Any) -> Any:
+        for key in ("tokenizer", "chat_template"):
+            if isinstance(data, Mapping) and data.get(key) is not None:
+                raise ValueError(
+                    f"{key} is {shown(data[key])}; the base's tokenizer and template are kept as "
+                    f"they are, remove {key}"
+                )
+        return data
+
     @model_validator(mode="after")
-    def _one_of_models_and_slices(self) -> Recipe:
-        if not self.models and not self.slices:
+    def _has_one_body(self) -> Recipe:
+        if self.modules is not None:
+            if self.models or self.slices:
+                raise ValueError(
+                    "a recipe has `modules:`, or `models:` and `slices:`, not both; remove one"
+                )
+            if len(self.modules) != 1:
+                raise ValueError(
+                    f"modules names {len(self.modules)} modules ({', '.join(self.modules)}); a causal "
+                    f"language model is one, keep one under the name default"
+                )
+        elif not self.models and not self.slices:
             raise ValueError("a recipe needs `models:` or `slices:`; add one")
-        if self.models and self.slices:
-            raise ValueError("a recipe has `models:` or `slices:`, not both; remove one")
         return self
 
     @classmethod
@@ -93,7 +165,7 @@ class Recipe(_Part):
 
         Args:
             data: what YAML gave.
-            strict: unknown method parameters are faults; else see `warnings`.
+            strict: parameters that no method reads are faults; else see `check`.
 
         Raises:
             RecipeError: with every fault found.
@@ -103,10 +175,10 @@ class Recipe(_Part):
         try:
             recipe = cls.model_validate(dict(data))
         except ValidationError as error:
-            raise RecipeError(schema_faults(error, KNOWN_KEYS)) from None
-        faults, warnings = recipe.check()
-        if faults or (strict and warnings):
-            raise RecipeError(faults + (warnings if strict else []))
+            raise RecipeError(schema_faults(error, _known_keys(data.get("modules")))) from None
+        findings = recipe._findings()
+        if findings.faults or (strict and findings.unread):
+            raise RecipeError(findings.faults + (findings.unread if strict else []))
         return recipe
 
     @classmethod
@@ -120,224 +192,56 @@ class Recipe(_Part):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML text, keys in the usual order."""
-        return yaml.dump(self.as_config(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=99)
+        return dump_yaml(self.as_config())
+
+    def body(self) -> tuple[str, Recipe | ModuleEntry]:
+        """Return what is merged, the only module or the recipe itself, and its path in the recipe."""
+        for name, module in (self.modules or {}).items():
+            return f"modules.{name}.", module
+        return "", self
+
+    def parts(self) -> list[Part]:
+        """Return the recipe in its one form: slices with method, base, sources and levels."""
+        return parts_of(self)
+
+    def methods(self) -> list[str]:
+        """List the methods of the slices, each once, in their order."""
+        return list(dict.fromkeys(part.method for part in self.parts() if part.method))
 
     def references(self) -> list[str]:
         """List the models the recipe reads, each once, base first, then as written."""
         found = [self.base_model] if self.base_model else []
-        found += [entry.model for entry in self.models or ()]
-        for part in self.slices or ():
-            found += [part.base_model] if part.base_model else []
+        for part in self.parts():
+            found += [part.base] if part.base else []
             found += [source.model for source in part.sources]
         return list(dict.fromkeys(found))
 
     def check(self) -> tuple[list[str], list[str]]:
-        """Check method, parameters and model counts.
+        """Check methods, parameters and model counts.
 
         Returns:
-            Faults, and warnings about parameters that the method does not have (mergekit ignores
-            those in silence).
+            Faults, and warnings: what has no effect, such as parameters that the method does not
+            have (mergekit ignores those in silence).
         """
-        method = METHODS.get(self.merge_method)
-        if method is None:
-            fault = f"merge_method is {self.merge_method!r}, which is not a known method; "
-            return [fault + nearest(self.merge_method, METHODS)], []
-        faults: list[str] = []
-        warnings: list[str] = []
-        if method.base == "required" and not self._has_base():
-            faults.append(
-                f"base_model is missing; {method.name} merges differences from a base, add base_model"
-            )
-        for place, parameters, is_source in self._parameter_places():
-            _check_parameters(place, parameters, is_source, method, faults, warnings)
-        self._check_required(method, faults)
-        for place, inputs, base in self._input_lists():
-            _check_count(place, inputs, base, method, faults)
-        for i, part in enumerate(self.slices or ()):
-            _check_ranges(f"slices[{i}]", part, faults)
-        return faults, warnings
+        findings = self._findings()
+        return findings.faults, findings.unread + findings.notes
 
-    def _has_base(self) -> bool:
-        if self.base_model:
-            return True
-        return bool(self.slices) and all(part.base_model for part in self.slices or ())
-
-    def _parameter_places(self) -> Iterator[tuple[str, Mapping[str, Any], bool]]:
-        """Walk the `parameters:` of every level: path, mapping, whether a model's own."""
-        yield "parameters", self.parameters, False
-        for i, entry in enumerate(self.models or ()):
-            yield f"models[{i}].parameters", entry.parameters, True
-        for i, part in enumerate(self.slices or ()):
-            yield f"slices[{i}].parameters", part.parameters, False
-            for j, source in enumerate(part.sources):
-                yield f"slices[{i}].sources[{j}].parameters", source.parameters, True
-
-    def _input_lists(self) -> Iterator[tuple[str, list[str], str | None]]:
-        """Walk the lists of models that meet in one output tensor, with their base."""
-        if self.models:
-            yield "models", [entry.model for entry in self.models], self.base_model
-        for i, part in enumerate(self.slices or ()):
-            base = part.base_model or self.base_model
-            yield f"slices[{i}].sources", [source.model for source in part.sources], base
-
-    def _check_required(self, method: Method, faults: list[str]) -> None:
-        for name, parameter in {**method.shared, **method.per_model}.items():
-            if not parameter.required or name in self.parameters:
-                continue
-            places: list[tuple[str, Mapping[str, Any], str]] = []
-            for i, entry in enumerate(self.models or ()):
-                places.append((f"models[{i}]", entry.parameters, entry.model))
-            for i, part in enumerate(self.slices or ()):
-                if name in part.parameters:
-                    continue
-                if name in method.shared:
-                    places.append((f"slices[{i}]", part.parameters, ""))
-                    continue
-                for j, source in enumerate(part.sources):
-                    if source.model != part.base_model:
-                        at = f"slices[{i}].sources[{j}]"
-                        places.append((at, source.parameters, source.model))
-            if name in method.shared:
-                missing = [""] if self.models else [place for place, given, _ in places]
-            else:
-                missing = [
-                    place
-                    for place, given, model in places
-                    if name not in given and model != self.base_model
-                ]
-            for place in missing:
-                at = f"{place}.parameters.{name}" if place else f"parameters.{name}"
-                faults.append(f"{at} is missing; {method.name} needs it, add {name}: {parameter.example}")
+    def _findings(self) -> Findings:
+        return check_recipe(self, self.parts())
 
 
-def _check_parameters(
-    place: str,
-    parameters: Mapping[str, Any],
-    is_source: bool,
-    method: Method,
-    faults: list[str],
-    warnings: list[str],
-) -> None:
-    known = method.per_model if is_source else {**method.shared, **method.per_model}
-    for name, setting in parameters.items():
-        if name in known:
-            faults.extend(known[name].faults(f"{place}.{name}", setting))
-        elif is_source and name in method.shared:
-            faults.append(
-                f"{place}.{name}: {name} belongs to the whole merge and is not read from a model; "
-                f"move it to the top-level parameters"
-            )
-        else:
-            names = {**method.shared, **method.per_model} or {"none at all": Parameter()}
-            warnings.append(
-                f"{place}.{name}: {method.name} has no parameter {name!r}; {nearest(name, names)}"
-            )
-
-
-def _check_count(
-    place: str, inputs: list[str], base: str | None, method: Method, faults: list[str]
-) -> None:
-    others = [model for model in inputs if model != base]
-    if method.base == "required":
-        low, high, count, what = (
-            method.n_models[0],
-            method.n_models[1],
-            len(others),
-            "besides the base",
-        )
-    else:
-        low, high, count, what = *method.n_models, len(inputs), "in all"
-    if count < low or count > high:
-        wanted = str(low) if low == high else f"at least {low}" if math.isinf(high) else f"{low}-{high}"
-        faults.append(
-            f"{place} lists {count} models {what}; {method.name} takes {wanted}: "
-            f"{'remove some or use another method' if count > high else 'add some'}"
-        )
-
-
-def _check_ranges(place: str, part: SliceEntry, faults: list[str]) -> None:
-    lengths = set()
-    for j, source in enumerate(part.sources):
-        start, end = source.layer_range
-        lengths.add(end - start)
-        if not 0 <= start < end:
-            faults.append(
-                f"{place}.sources[{j}].layer_range is [{start}, {end}]; "
-                f"it must be [start, end) with 0 <= start < end"
-            )
-    if len(lengths) > 1:
-        faults.append(
-            f"{place}.sources have layer ranges of lengths {sorted(lengths)}; "
-            f"all sources of a slice must be equally long"
-        )
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-5 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} appears twice", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, str) else id(key))
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe YAML that quotes what `_Loader` would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"),
-        list("-+0123456789"),
-    )
-
-
-def load_yaml(path: str | Path) -> Any:
-    """Read one YAML document, safely and of bounded size.
-
-    Raises:
-        RecipeError: the file is missing, too large, empty or not YAML.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file; give the path of a YAML file")
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise RecipeError(
-            f"{path} has {path.stat().st_size} bytes; a recipe has at most {MAX_YAML_BYTES}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.count("*") > 1000 and text.count("&") > 10:
-            raise RecipeError(f"{path} is full of YAML aliases; write the values out")
-        data = yaml.load(text, Loader=_Loader)
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not UTF-8 text; give a YAML file") from None
-    except RecursionError:
-        raise RecipeError(
-            f"{path}: not valid YAML: nested too deeply; correct the syntax there"
-        ) from None
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or " ".join(f"{error}".split())
-        raise RecipeError(f"{where}: not valid YAML: {problem}; correct the syntax there") from None
-    if data is None:
-        raise RecipeError(f"{path} is empty; it must hold a mapping with `merge_method:`")
-    return data
-
-
-KNOWN_KEYS = {
+KNOWN_KEYS: dict[str, Iterable[str]] = {
     "": Recipe.model_fields,
     "models": ModelEntry.model_fields,
     "slices": SliceEntry.model_fields,
     "slices.sources": SourceEntry.model_fields,
 }
+
+
+def _known_keys(modules: Any) -> dict[str, Iterable[str]]:
+    """Say which keys exist at each place, those below the modules' own names included."""
+    known = dict(KNOWN_KEYS)
+    for name in modules if isinstance(modules, Mapping) else ():
+        known[f"modules.{name}"] = ModuleEntry.model_fields
+        known |= {f"modules.{name}.{place}": keys for place, keys in KNOWN_KEYS.items() if place}
+    return known

@@ -373,11 +373,23 @@ def test_an_output_head_that_a_tied_model_also_stored_is_left_out(tied_llamas, t
 
 
 @pytest.mark.parametrize("order", [["tied", "untied"], ["untied", "tied"]], ids="-".join)
-def test_a_tied_and_an_untied_model_do_not_merge_in_silence(llamas, tied_llamas, order):
-    # The untied model's own output head has no counterpart; to drop it would change that model.
+def test_a_tied_model_lends_its_embedding_as_the_head_of_an_untied_merge(
+    llamas, tied_llamas, tmp_path, order
+):
+    from transformers import AutoModelForCausalLM
+
     models = {"tied": tied_llamas.x, "untied": llamas.y}
-    (fault,) = faults_of(average(*(models[name] for name in order)))
-    assert "lm_head" in fault
+    recipe = average(*(models[name] for name in order))
+    save_merged(recipe, tmp_path / "out")
+    tied, untied = saved(Path(tied_llamas.x)), saved(Path(llamas.y))
+    head = (tied["model.embed_tokens.weight"] + untied["lm_head.weight"]) / 2
+    merged = saved(tmp_path / "out")
+    torch.testing.assert_close(merged["lm_head.weight"], head)
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, merged["lm_head.weight"])
+    assert same_tensors(dict(load_merged(recipe).state_dict()), dict(loaded.state_dict()))
 
 
 @pytest.mark.parametrize("order", [["plain", "biased"], ["biased", "plain"]], ids="-".join)

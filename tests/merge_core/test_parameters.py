@@ -5,12 +5,13 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_core.errors import RecipeError
 from merge_core.methods import Parameter
 from merge_core.parameters import look_up, value_at
+from merge_core.recipe import Recipe
 
 MLP = "model.layers.3.mlp.up_proj.weight"
 ATTENTION = "model.layers.3.self_attn.q_proj.weight"
@@ -200,3 +201,82 @@ def test_booleans_come_out_as_booleans(setting, t, expected):
 def test_a_required_parameter_that_no_filter_gives_a_value_is_an_error_that_names_the_tensor():
     with pytest.raises(RecipeError, match=rf"^weight has no value for tensor {MLP}; .*without filter"):
         look_up("weight", REQUIRED, ({"weight": ONLY_NORM},), MLP, 0.0)
+
+
+# ---- everything at once, against a slow and obvious reading of the rules ------------------------
+
+numbers = st.integers(-9, 9) | st.floats(-9, 9).map(lambda x: round(x, 3))
+plain = numbers | st.lists(numbers, min_size=1, max_size=5)
+entry = st.fixed_dictionaries({"value": plain}, optional={"filter": st.sampled_from(FILTERS)})
+any_setting = plain | entry | st.lists(entry, min_size=1, max_size=4)
+any_level = st.fixed_dictionaries({}, optional={"w": any_setting, "other": numbers})
+
+
+def slowly(levels, tensor, layer, n_layers, default):
+    """The value by the rules as the documents say them: exact, one step after the other."""
+    for here in levels:
+        if "w" not in here:
+            continue
+        entries = here["w"]
+        if not isinstance(entries, list) or not isinstance(entries[0], dict):
+            entries = [entries if isinstance(entries, dict) else {"value": entries}]
+        for candidate in entries:
+            pattern = candidate.get("filter", "*")
+            if pattern is not None and pattern != "*" and pattern not in tensor:
+                continue
+            value = candidate["value"]
+            if not isinstance(value, list):
+                return Fraction(value)
+            # Anchors stand at equal distances from the first layer to the last.
+            where = Fraction(layer, n_layers - 1) if n_layers > 1 else Fraction(1)
+            for i in range(len(value) - 1):
+                left, right = Fraction(i, len(value) - 1), Fraction(i + 1, len(value) - 1)
+                if left <= where <= right:
+                    share = (where - left) / (right - left)
+                    return Fraction(value[i]) * (1 - share) + Fraction(value[i + 1]) * share
+            return Fraction(value[0])
+    return Fraction(default)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    levels=st.lists(any_level, max_size=4),
+    tensor=st.sampled_from([MLP, ATTENTION, NORM, "lm_head.weight"]),
+    layer=st.integers(0, 11),
+    n_layers=st.integers(1, 12),
+)
+def test_any_setting_at_any_levels_has_the_value_that_the_rules_say(levels, tensor, layer, n_layers):
+    layer = min(layer, n_layers - 1)
+    t = layer / (n_layers - 1) if n_layers > 1 else 1.0
+    expected = float(slowly(levels, tensor, layer, n_layers, NUMBER.default))
+    assert look_up("w", NUMBER, levels, tensor, t) == pytest.approx(expected, abs=1e-9)
+
+
+@given(
+    settings_=st.lists(any_setting, min_size=1, max_size=3),
+    tensor=st.sampled_from([MLP, NORM]),
+    layer=st.integers(0, 5),
+)
+def test_a_recipes_levels_are_read_from_the_source_down(settings_, tensor, layer):
+    """The same setting, moved from level to level of a whole recipe, gives what look_up gives."""
+    places = [{"scale": setting} for setting in settings_] + [{}] * 3
+    source, part, module, top = [*places[:3], {"scale": 5}]
+    ranged = {"model": "m", "layer_range": [0, 6], "parameters": source}
+    body = {"slices": [{"sources": [ranged], "parameters": part}], "parameters": module}
+    recipe = Recipe.parse({"merge_method": "passthrough", "modules": {"m": body}, "parameters": top})
+    (found,) = recipe.parts()
+    levels = (*found.sources[0].levels, *found.levels)
+    value = look_up("scale", Parameter(default=1.0), levels, tensor, layer / 5)
+    expected = slowly(
+        [{"w": level["scale"]} for level in (source, part, module, top) if level], tensor, layer, 6, 1
+    )
+    assert value == pytest.approx(float(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("setting", "t", "expected"), [(10, 0, 10), (10.0, 0, 10), ([1, 4], 0.5, 2), ([1, 4], 1, 4)], ids=str
+)
+def test_whole_numbers_come_out_as_whole_numbers(setting, t, expected):
+    value = look_up("max_iter", Parameter("integer", 3), ({"max_iter": setting},), MLP, t)
+    assert value == expected
+    assert type(value) is int

@@ -47,7 +47,39 @@ PASSTHROUGH: dict[str, Any] = {
     "out_dtype": "float32",
     "random_seed": 7,
 }
+MODULES: dict[str, Any] = {
+    "merge_method": "linear",
+    "modules": {
+        "default": {"models": LINEAR["models"], "parameters": {"normalize": False}},
+    },
+}
+KARCHER: dict[str, Any] = {"merge_method": "karcher", "models": [{"model": "a"}, {"model": "b"}]}
+MIXED: dict[str, Any] = {
+    "merge_method": "ties",
+    "base_model": "b",
+    "models": [{"model": "x", "parameters": {"weight": 0.5}}, {"model": "y"}],
+    "slices": [
+        {
+            "sources": [{"model": m, "layer_range": [0, 2]} for m in "xy"],
+            "parameters": {"weight": [0.1, 0.2]},
+        },
+        {
+            "sources": [{"model": m, "layer_range": [2, 3]} for m in "xy"],
+            "merge_method": "slerp",
+            "base_model": "y",
+            "parameters": {"t": 0.5},
+        },
+    ],
+}
+
+
+def della(**own: float) -> dict[str, Any]:
+    entry = {"model": "x", "parameters": {"weight": 1, **own}}
+    return {"merge_method": "della", "base_model": "b", "models": [entry]}
+
+
 GOOD = {"ties": TIES, "linear": LINEAR, "slerp": SLERP, "passthrough": PASSTHROUGH}
+GOOD |= {"modules": MODULES, "mixed": MIXED, "karcher": KARCHER, "della": della(density=0.5)}
 
 
 def changed(config, path, value=...):
@@ -198,7 +230,7 @@ FAULTS = {
     ),
     "a method far from all": (
         changed(TIES, ["merge_method"], "zzz"),
-        r"^merge_method is 'zzz', .*; use one of: dare_linear, .*ties$",
+        r"^merge_method is 'zzz', .*; use one of: arcee_fusion, .*ties$",
     ),
     "no method": (changed(TIES, ["merge_method"]), r"^merge_method is missing; .*add it$"),
     "unknown parameter of a model": (
@@ -278,9 +310,9 @@ FAULTS = {
         changed(TIES, ["models", 1, "parameters", "weight"]),
         r"^models\[1\]\.parameters\.weight is missing; ties needs it, add weight: 1\.0$",
     ),
-    "models and slices": (
-        {**PASSTHROUGH, "models": [{"model": "a"}]},
-        r"`models:` or `slices:`, not both; remove one$",
+    "modules and slices": (
+        {**PASSTHROUGH, "modules": {"default": {"models": [{"model": "a"}]}}},
+        r"has `modules:`, or `models:` and `slices:`, not both; remove one$",
     ),
     "neither models nor slices": (
         changed(TIES, ["models"]),
@@ -336,16 +368,142 @@ FAULTS = {
         },
         r"^slices\[0\]\.sources have layer ranges of lengths \[2, 3\]; .*equally long$",
     ),
+    "an unknown key of a module": (
+        {**MODULES, "modules": {"default": {"model": [], "models": LINEAR["models"]}}},
+        r"^modules\.default\.model: unknown key 'model'; did you mean 'models'\?$",
+    ),
+    "an unknown key of a module's slice": (
+        {
+            **MODULES,
+            "modules": {"default": {"slices": [{"source": [], **PASSTHROUGH["slices"][0]}]}},
+        },
+        r"^modules\.default\.slices\[0\]\.source: unknown key 'source'; did you mean 'sources'\?$",
+    ),
+    "two modules": (
+        {**MODULES, "modules": {name: MODULES["modules"]["default"] for name in ("text", "vision")}},
+        r"modules names 2 modules \(text, vision\); .*keep one under the name default$",
+    ),
+    "no module": ({**MODULES, "modules": {}}, r"modules names 0 modules"),
+    "a module without models": (
+        {**MODULES, "modules": {"default": {}}},
+        r"a module needs `models:` or `slices:`; add one$",
+    ),
+    "no method in a slice": (
+        changed(PASSTHROUGH, ["merge_method"]),
+        r"^merge_method is missing; .*add it$",
+    ),
+    "an unknown method in a slice": (
+        changed(PASSTHROUGH, ["slices", 1, "merge_method"], "slrp"),
+        r"^slices\[1\]\.merge_method is 'slrp', .*; did you mean 'slerp'\?$",
+    ),
+    "a slice without the base of its method": (
+        changed(
+            changed(PASSTHROUGH, ["slices", 1, "merge_method"], "ties"),
+            ["slices", 1, "sources", 0, "parameters"],
+            {"weight": 1},
+        ),
+        r"^slices\[1\]\.base_model is missing; ties merges differences from a base, add base_model$",
+    ),
+    "another slice's parameter": (
+        changed(
+            changed(PASSTHROUGH, ["slices", 1, "merge_method"], "linear"),
+            ["slices", 0, "parameters"],
+            {"normalize": True},
+        ),
+        r"^slices\[0\]\.parameters\.normalize: passthrough has no parameter 'normalize'; ",
+        2,  # and the scale that linear does not have
+    ),
+    "nuslerp of one": (
+        {**changed(LINEAR, ["models", 1]), "merge_method": "nuslerp"},
+        r"^models lists 1 models in all; nuslerp takes 2: add some$",
+    ),
+    "nuslerp of its base": (
+        {**LINEAR, "merge_method": "nuslerp", "base_model": "a"},
+        r"^models lists 1 models besides the base; nuslerp takes 2: add some$",
+    ),
+    "model_stock of two": (
+        {
+            "merge_method": "model_stock",
+            "base_model": "a",
+            "models": [{"model": "a"}, {"model": "b"}],
+        },
+        r"^models lists 1 models besides the base; model_stock takes at least 2: add some$",
+    ),
+    "slerp of three without a base": (
+        changed(changed(SLERP, ["models"], [{"model": m} for m in "abc"]), ["base_model"]),
+        r"^base_model is missing; ",
+        2,
+    ),
+    "half a step": (
+        {**KARCHER, "parameters": {"max_iter": 2.5}},
+        r"^parameters\.max_iter is 2\.5; it must be a whole number$",
+    ),
+    "no step": (
+        {**KARCHER, "parameters": {"max_iter": 0}},
+        r"^parameters\.max_iter is 0; it must be at least 1$",
+    ),
+    "a negative tolerance": (
+        {**KARCHER, "parameters": {"tol": -1}},
+        r"^parameters\.tol is -1; it must be at least 0$",
+    ),
+    "epsilon of zero": (della(epsilon=0), r"epsilon is 0; it must be above 0$"),
+    "a band below zero": (
+        della(density=0.1),
+        r"^models\[0\]\.parameters: density is 0\.1 and epsilon 0\.15; .*choose a smaller epsilon$",
+    ),
+    "a band above one": (della(density=0.8, epsilon=0.2), r"density \+ epsilon below 1"),
+    "gamma above one": (
+        {**della(gamma=1.5), "merge_method": "breadcrumbs"},
+        r"gamma is 1\.5; it must lie in \[0, 1\]$",
+    ),
+    "filters in filters": (
+        changed(LINEAR, ["models", 0, "parameters", "weight"], [{"value": {"value": 1}}]),
+        r"weight\[0\]\.value is .*; filters do not nest",
+    ),
+    "a filter that is a number": (
+        changed(LINEAR, ["models", 0, "parameters", "weight"], [{"filter": 3, "value": 1}]),
+        r"weight\[0\]\.filter is 3; it must be a part of a tensor's name$",
+    ),
+    "a number beyond all": (
+        changed(LINEAR, ["models", 0, "parameters", "weight"], 10**400),
+        r"^models\[0\]\.parameters\.weight is 1000.*; it must be a finite number$",
+    ),
+    "text that is not finite": (
+        changed(LINEAR, ["models", 0, "parameters", "weight"], "inf"),
+        r"^models\[0\]\.parameters\.weight is 'inf'; it must be a finite number$",
+    ),
+    "a reference with another architecture": (
+        changed(LINEAR, ["models", 0, "model"], {"model": "a", "override_architecture": "B"}),
+        r"^models\[0\]\.model is .*a model is named by text, or by \{model: ",
+    ),
+    "a reference without a path": (
+        changed(LINEAR, ["models", 0, "model"], {"model": {"revision": "b"}}),
+        r"^models\[0\]\.model is .* is not \{path: \.\.\., revision: \.\.\.\}; write it so$",
+    ),
+    "a reference with two revisions": (
+        {**TIES, "base_model": {"model": {"path": "a@b", "revision": "c"}}},
+        r"^base_model is .*path 'a@b' has an '@' beside a revision; name a path without '@'$",
+    ),
+    "a tokenizer section": (
+        {**TIES, "tokenizer": {"source": "union"}},
+        r"tokenizer is \{'source': 'union'\}; .*remove tokenizer$",
+    ),
+    "another tokenizer": (
+        {**TIES, "tokenizer_source": "union"},
+        r"^tokenizer_source is 'union'; the base's tokenizer is the only one.*; write base$",
+    ),
+    "a chat template": ({**TIES, "chat_template": "auto"}, r"chat_template is 'auto'; .*remove chat_te"),
     "a recipe that is a list": ([TIES], r"^recipe is \[.*; it must be a mapping with `merge_method:`$"),
     "a recipe that is nothing": (None, r"^recipe is None; it must be a mapping"),
 }
 
 
-@pytest.mark.parametrize(("config", "expected"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_one_line_that_names_field_value_and_rule(config, expected):
+@pytest.mark.parametrize("case", FAULTS.values(), ids=FAULTS)
+def test_a_fault_is_one_line_that_names_field_value_and_rule(case):
+    config, expected, n_faults = (*case, 1)[:3]
     faults = faults_of(config)
-    assert len(faults) == 1, faults
-    assert "\n" not in faults[0]
+    assert len(faults) == n_faults, faults
+    assert not any("\n" in fault for fault in faults)
     assert re.search(expected, faults[0]), faults[0]
 
 
@@ -390,6 +548,128 @@ def test_without_strict_faults_stay_faults():
     config = changed(config, ["models", 0, "parameters", "density"], 1.5)
     (fault,) = faults_of(config, strict=False)
     assert fault.startswith("models[0].parameters.density is 1.5")
+
+
+def warnings_of(config):
+    """The warnings of a recipe that strictness lets pass."""
+    faults, warnings = Recipe.parse(config).check()
+    assert faults == []
+    return warnings
+
+
+def test_a_shared_parameter_at_a_model_is_read_by_nobody():
+    config = changed(TIES, ["models", 0, "parameters", "normalize"], True)
+    (warning,) = Recipe.parse(config, strict=False).check()[1]
+    assert "move it to the top-level parameters" in warning
+
+
+def test_residual_weight_has_no_effect():
+    (warning,) = warnings_of(changed(PASSTHROUGH, ["slices", 1, "residual_weight"], 0.3))
+    assert warning.startswith("slices[1].residual_weight has no effect")
+
+
+@pytest.mark.parametrize(
+    ("own", "n_warnings"),
+    [({}, 0), ({"weight": 0.3}, 0), ({"density": 1.0}, 0), ({"weight": 1, "density": 0.5}, 1)],
+    ids=str,
+)
+def test_what_a_listed_base_is_given_is_warned_about_where_it_was_meant_to_do_something(own, n_warnings):
+    config = changed(TIES, ["models"], [*TIES["models"], {"model": "org/base", "parameters": own}])
+    warnings = warnings_of(config)
+    assert len(warnings) == n_warnings
+    assert all("models[2].parameters.density has no effect" in warning for warning in warnings)
+
+
+def test_a_model_that_is_in_no_slice_is_warned_about_and_not_opened():
+    config = changed(MIXED, ["models"], [*MIXED["models"], {"model": "z"}])
+    (warning,) = warnings_of(config)
+    assert warning.startswith("models[2] ('z') is in no slice")
+    assert "z" not in Recipe.parse(config).references()
+
+
+def test_the_base_among_models_beside_slices_is_no_stray():
+    assert warnings_of(changed(MIXED, ["models"], [*MIXED["models"], {"model": "b"}])) == []
+
+
+# ---- other ways to write the same ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1e-5", 1e-5), ("3", 3), ("-0.5", -0.5), (["1", 2, "3e0"], [1, 2, 3.0])],
+    ids=str,
+)
+def test_numbers_in_quotes_are_numbers(written, value):
+    for setting, expected in (
+        (written, value),
+        ([{"filter": "7", "value": written}], [{"filter": "7", "value": value}]),
+    ):
+        config = changed(LINEAR, ["models", 0, "parameters", "weight"], setting)
+        assert Recipe.parse(config).models[0].parameters["weight"] == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "reference"),
+    [
+        ({"model": "a"}, "a"),
+        ({"model": {"path": "a"}}, "a"),
+        ({"model": {"path": "a/b", "revision": "v1"}}, "a/b@v1"),
+        ({"model": {"path": "a", "revision": None}, "lora": None}, "a"),
+        ({"model": {"path": "a"}, "lora": {"path": "l", "revision": "r"}}, "a+l@r"),
+        ({"model": {"path": "./my@folder"}}, "./my@folder"),
+    ],
+    ids=str,
+)
+def test_references_in_mapping_form_are_spelled_as_text(written, reference):
+    config = changed(LINEAR, ["models", 0, "model"], written)
+    recipe = Recipe.parse({**config, "base_model": written})
+    assert recipe.models[0].model == recipe.base_model == reference
+
+
+def test_a_module_of_any_name_is_the_models_own():
+    for name in ("default", "text_decoder"):
+        recipe = Recipe.parse({**MODULES, "modules": {name: MODULES["modules"]["default"]}})
+        assert recipe.references() == ["a", "b"]
+        (part,) = recipe.parts()
+        assert part.levels == ({"normalize": False}, {})
+
+
+@pytest.mark.parametrize(
+    ("density", "epsilon", "is_good"),
+    [(1, 0.15, True), (0, 0.15, True), (0.5, 0.4, True), (0.9, 0.05, True), (0.95, 0.05, False)],
+)
+def test_della_keeps_its_probabilities_between_0_and_1(density, epsilon, is_good):
+    for method in ("della", "della_linear"):
+        config = {**della(density=density, epsilon=epsilon), "merge_method": method}
+        if is_good:
+            Recipe.parse(config)
+        else:
+            faults_of(config)
+    # Values from different levels meet; gradients are left to the merge.
+    top = {**della(density=density), "parameters": {"epsilon": epsilon}}
+    assert bool(Recipe.model_validate(top).check()[0]) != is_good
+    Recipe.parse(della(density=[density, 0.5], epsilon=epsilon))
+
+
+def test_parameters_of_any_slices_method_may_stand_at_the_top():
+    config = {**MIXED, "parameters": {"t": 0.5, "density": 0.5, "normalize": True}}
+    assert warnings_of(config) == []
+    (fault,) = faults_of({**MIXED, "parameters": {"scale": 1}})
+    assert fault.startswith("parameters.scale: ties or slerp has no parameter 'scale'; ")
+
+
+def test_a_shared_value_must_suit_every_method_that_reads_it():
+    parts = [
+        {
+            "merge_method": method,
+            "sources": [{"model": m, "layer_range": [0, 1]} for m in models],
+            "parameters": {"weight": 1} if method == "della" else {},
+        }
+        for method, models in (("ram", "x"), ("della", "x"))
+    ]
+    config = {"slices": parts, "base_model": "b", "parameters": {"epsilon": 0}}
+    (fault,) = faults_of(config)
+    assert fault == "parameters.epsilon is 0; it must be above 0"
 
 
 # ---- files --------------------------------------------------------------------------------------

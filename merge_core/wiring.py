@@ -1,0 +1,313 @@
+"""Which tensors of which models make each output tensor, and that they fit: all but the numbers.
+
+Nothing is read here but configs and headers. The wiring of a recipe depends on its methods, models
+and layer ranges alone, so that candidates of a search share it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from merge_core.architecture import Architecture
+from merge_core.checkpoint.read import TensorInfo
+from merge_core.errors import CheckpointError
+from merge_core.methods import METHODS
+from merge_core.parts import Part, PartSource
+from merge_core.sources import Sources
+
+# How many differing tensors a message names; the rest is counted.
+_SHOWN = 5
+
+
+class Leniency(NamedTuple):
+    """What is let pass that is refused otherwise.
+
+    Attributes:
+        allow_crimes: models of different families, and tensors that only some models have: the
+            donor's tensors come out, each merged from the models that have it.
+        unsafe_truncate_embeddings: vocabularies of different sizes: their common leading rows.
+    """
+
+    allow_crimes: bool = False
+    unsafe_truncate_embeddings: bool = False
+
+
+class Wire(NamedTuple):
+    """One model's tensor on its way into an output tensor.
+
+    Attributes:
+        model: reference as written.
+        name: the tensor's name in that model.
+        filter_name: what filters match: `name`, or the head's where an embedding stands in for it.
+        occurrence: how often the same reference came before among the sources.
+        source: number of the source in its part.
+    """
+
+    model: str
+    name: str
+    filter_name: str
+    occurrence: int = 0
+    source: int = 0
+
+
+class Wired(NamedTuple):
+    """An output tensor: what goes into it, and what it will be.
+
+    Attributes:
+        part: number of the part whose parameters it reads; None for a tensor taken as it is.
+        dtype: of the first input on disk, torch's name.
+    """
+
+    name: str
+    method: str
+    t: float
+    base: Wire | None
+    inputs: tuple[Wire, ...]
+    part: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    is_floating: bool
+
+
+class Wiring(NamedTuple):
+    """The output tensors in the order of the model, and what a user should know of them."""
+
+    tensors: tuple[Wired, ...]
+    warnings: tuple[str, ...]
+
+
+def wire(parts: Sequence[Part], donor: str, sources: Sources, leniency: Leniency) -> Wiring:
+    """Wire up a recipe whose models are open.
+
+    Raises:
+        CheckpointError: models differ in family, layers, tensors or shapes.
+    """
+    return _Wirer(parts, donor, sources, leniency).wiring()
+
+
+def layers_of(source: PartSource, architecture: Architecture) -> tuple[int, int]:
+    """Return the layers [start, end) that a source gives."""
+    return source.layer_range or (0, architecture.n_layers)
+
+
+def vocabulary_rows(architectures: Iterable[Architecture]) -> int | None:
+    """Return the size of the smallest vocabulary among embeddings that have a row for each token."""
+    names = [(architecture, architecture.token_embedding) for architecture in architectures]
+    sizes = [a.vocabulary_size for a, name in names if name is not None and a.is_vocabulary(name)]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+class _Draft(NamedTuple):
+    """An output tensor whose inputs have not been compared.
+
+    Attributes:
+        names: one a source of the part, None where that model lacks it.
+        spelled: how each source would call it.
+    """
+
+    name: str
+    part: int
+    t: float
+    names: list[str | None]
+    spelled: list[str]
+    donor_has_it: bool
+
+
+class _Wirer:
+    def __init__(self, parts: Sequence[Part], donor: str, sources: Sources, leniency: Leniency) -> None:
+        self.parts = parts
+        self.donor = donor
+        self.model = sources.architecture(donor)
+        self.architectures = [[sources.architecture(s.model) for s in part.sources] for part in parts]
+        self.sources = sources
+        self.leniency = leniency
+        self.n_rows = vocabulary_rows([*self.architectures[0], *self.architectures[-1]])
+        self.differing: dict[tuple[str, str], list[str]] = {}
+        self.rows: dict[int, str] = {}
+        self.dropped: list[str] = []
+
+    def wiring(self) -> Wiring:
+        faults = [*self._family_faults(), *self._range_faults()]
+        if faults:
+            raise CheckpointError(faults)
+        tensors = tuple(wired for draft in self._drafts() if (wired := self._wired(draft)))
+        faults = [*self._difference_faults(), *self._vocabulary_faults()]
+        if faults:
+            raise CheckpointError(faults)
+        return Wiring(tensors, tuple(self._warnings()))
+
+    # ---- what comes out ----
+
+    def _drafts(self) -> Iterator[_Draft]:
+        yield from self._outside("before", 0)
+        n_done = 0
+        for k, (part, row) in enumerate(zip(self.parts, self.architectures, strict=True)):
+            ranges = [layers_of(source, a) for source, a in zip(part.sources, row, strict=True)]
+            n_layers = ranges[0][1] - ranges[0][0]
+            for i in range(n_layers):
+                # A slice of one layer sits at its end, as in mergekit.
+                t = i / (n_layers - 1) if n_layers > 1 else 1.0
+                yield from self._layer(k, n_done + i, [start + i for start, _ in ranges], t)
+            n_done += n_layers
+        yield from self._outside("after", len(self.parts) - 1)
+
+    def _outside(self, where: str, k: int) -> Iterator[_Draft]:
+        """Draft the tensors outside the layers, also those that the donor or one source lacks."""
+        row = self.architectures[k]
+        everyone = [self.model, *row]
+        for common in dict.fromkeys(a.common_name(n) for a in everyone for n in getattr(a, where)):
+            own = [a.own_name(common) for a in everyone]
+            name = next(name for name in own if name)
+            names = [found or a.stand_in(common) for found, a in zip(own, everyone, strict=True)]
+            spelled = [found or name for found in own]
+            yield _Draft(name, k, 0.0, names[1:], spelled[1:], names[0] is not None)
+
+    def _layer(self, k: int, output: int, numbers: list[int], t: float) -> Iterator[_Draft]:
+        """Draft the tensors of one output layer; each model names them by its own layer's number."""
+        row = self.architectures[k]
+        known = [set(a.layers[n]) for a, n in zip(row, numbers, strict=True)]
+        donors = [there for a, there in zip(row, known, strict=True) if a is self.model]
+        for suffix in dict.fromkeys(s for a, n in zip(row, numbers, strict=True) for s in a.layers[n]):
+            spelled = [a.layer_name(n, suffix) for a, n in zip(row, numbers, strict=True)]
+            names = [s if suffix in there else None for s, there in zip(spelled, known, strict=True)]
+            donor_has_it = any(suffix in there for there in donors or map(set, self.model.layers))
+            yield _Draft(self.model.layer_name(output, suffix), k, t, names, spelled, donor_has_it)
+
+    # ---- what goes in ----
+
+    def _wired(self, draft: _Draft) -> Wired | None:
+        part = self.parts[draft.part]
+        method = METHODS[part.method or ""]
+        seen: Counter[str] = Counter()
+        base, inputs, lacking = None, [], []
+        for i, source in enumerate(part.sources):
+            name = draft.names[i]
+            if name is None:
+                lacking.append((source.model, draft.spelled[i]))
+                continue
+            entry = Wire(source.model, name, draft.spelled[i], seen[source.model], i)
+            seen[source.model] += 1
+            if source.model == part.base:
+                base = entry
+            else:
+                inputs.append(entry)
+        present = [*([base] if base else []), *inputs]
+        if lacking and not self.leniency.allow_crimes:
+            other = present[0].model if present else self.donor
+            for model, name in lacking:
+                self.differing.setdefault((model, other), []).append(f"{name} is missing in {model}")
+            return None
+        if lacking and not draft.donor_has_it:
+            self.dropped.append(draft.name)
+            return None
+        if not present:
+            present = [Wire(self.donor, draft.name, draft.name)]
+        self._compare(present)
+        if lacking and (len(inputs) < method.n_models[0] or (method.base == "required" and not base)):
+            # Too few for the method: the base's own, or that of the only model that has it.
+            own = base or next((entry for entry in present if entry.model == self.donor), present[0])
+            return self._finished(draft, "passthrough", None, [own], None)
+        return self._finished(draft, method.name, base, inputs, draft.part)
+
+    def _finished(
+        self, draft: _Draft, method: str, base: Wire | None, inputs: list[Wire], part: int | None
+    ) -> Wired:
+        first = base or inputs[0]
+        info, shape = self._info(first), self._shape(first)
+        if self.sources.architecture(first.model).is_vocabulary(first.name):
+            self.rows.setdefault(shape[0], draft.name)
+        return Wired(
+            draft.name, method, draft.t, base, tuple(inputs), part, shape, info.dtype, info.is_floating
+        )
+
+    def _info(self, entry: Wire) -> TensorInfo:
+        info = self.sources.architecture(entry.model).info(entry.name)
+        assert info is not None
+        return info
+
+    def _shape(self, entry: Wire) -> tuple[int, ...]:
+        """Return what of a tensor is merged: all, or the leading rows that all vocabularies have."""
+        shape = self._info(entry).shape
+        if self.leniency.unsafe_truncate_embeddings and self.n_rows is not None:
+            architecture = self.sources.architecture(entry.model)
+            if shape and shape[0] > self.n_rows and architecture.is_vocabulary(entry.name):
+                return (self.n_rows, *shape[1:])
+        return shape
+
+    # ---- what does not fit ----
+
+    def _compare(self, present: list[Wire]) -> None:
+        expected = self._shape(present[0])
+        for entry in present[1:]:
+            found = self._shape(entry)
+            if found != expected:
+                text = f"{entry.name} is {list(found)} against {list(expected)}"
+                self.differing.setdefault((entry.model, present[0].model), []).append(text)
+
+    def _family_faults(self) -> Iterator[str]:
+        if self.leniency.allow_crimes:
+            return
+        own = self.model.checkpoint.config
+        others = {a.checkpoint.reference: a.checkpoint.config for row in self.architectures for a in row}
+        for reference, config in others.items():
+            for key in ("model_type", "architectures"):
+                theirs, ours = config.get(key), own.get(key)
+                if theirs and ours and theirs != ours:
+                    yield (
+                        f"model {reference!r} has {key} {theirs} where {self.donor!r} has {ours}; merge "
+                        f"models of one architecture, or insist with allow_crimes"
+                    )
+                    break
+
+    def _range_faults(self) -> Iterator[str]:
+        for part, row in zip(self.parts, self.architectures, strict=True):
+            ranges = [(s.model, *layers_of(s, a)) for s, a in zip(part.sources, row, strict=True)]
+            for (model, start, end), architecture in zip(ranges, row, strict=True):
+                if end > architecture.n_layers:
+                    yield (
+                        f"{part.place}: layers [{start}, {end}) of {model} are asked for; it has "
+                        f"{architecture.n_layers} layers, shorten the range"
+                    )
+            if len({end - start for _, start, end in ranges}) > 1:
+                yield (
+                    "models have different numbers of layers: "
+                    + ", ".join(f"{model} {end - start}" for model, start, end in ranges)
+                    + "; merge models of one architecture, or choose layers with slices"
+                )
+
+    def _difference_faults(self) -> Iterator[str]:
+        for (model, other), texts in self.differing.items():
+            lacks = any("is missing in" in text for text in texts)
+            hint = ", or keep the donor's tensors alone with allow_crimes" if lacks else ""
+            if any(self.sources.architecture(model).is_vocabulary(text.split()[0]) for text in texts):
+                hint += ", or cut vocabularies to their common rows with unsafe_truncate_embeddings"
+            yield (
+                f"model {model!r} does not fit {other!r}: {_shown(texts, '; ')}; "
+                f"merge fine-tunes of one base with the same shapes{hint}"
+            )
+
+    def _vocabulary_faults(self) -> Iterator[str]:
+        """Refuse an embedding and an output head of different vocabularies, from different slices."""
+        if len(self.rows) > 1 and not self.differing:
+            sizes = ", ".join(f"{name} {n}" for n, name in self.rows.items())
+            yield (
+                f"the merged model would have vocabularies of different sizes ({sizes}); merge models of "
+                f"one vocabulary, or cut to the common rows with unsafe_truncate_embeddings"
+            )
+
+    def _warnings(self) -> Iterator[str]:
+        if self.dropped:
+            yield f"tensors that {self.donor!r} lacks are left out: {_shown(self.dropped, ', ')}"
+        if self.leniency.unsafe_truncate_embeddings and self.n_rows is not None:
+            used = {a.checkpoint.reference: a for row in self.architectures for a in row}
+            for reference, architecture in used.items():
+                n_cut = (architecture.vocabulary_size or 0) - self.n_rows
+                if n_cut > 0:
+                    yield f"the last {n_cut} rows of the vocabulary of {reference!r} are left out"
+
+
+def _shown(texts: list[str], separator: str) -> str:
+    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return separator.join(texts[:_SHOWN]) + more
