@@ -84,7 +84,7 @@ def make_plan(
         SearchFileError: with every fault found.
         HubUnreachableError: a model or data set must be fetched and the Hub does not answer.
     """
-    sources = Sources()
+    sources = Sources(keep=True)
     device = resolve_device(device)
     backend = resolve_backend(search_file.scoring.backend, device)
 

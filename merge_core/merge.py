@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from merge_core.checkpoint.read import Checkpoint
 from merge_core.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     complete_folder,
@@ -27,7 +27,7 @@ from merge_core.checkpoint.write import (
     write_shards,
 )
 from merge_core.errors import CheckpointError
-from merge_core.methods import METHODS
+from merge_core.methods import METHODS, Parameter
 from merge_core.methods.job import Source, TensorJob
 from merge_core.parameters import look_up
 from merge_core.plan import Input, Planned, Sources, donor, merged_config, plan_merge
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 _AHEAD_BYTES = 128 << 20
 # Entries to be read, over all candidates, from which a compiled loop pays for its compiler.
 _COMPILED_ENTRIES = 1 << 26
+# How many candidates a search has at least.
+_CANDIDATES = 16
 
 
 def merged_tensors(
@@ -73,27 +75,26 @@ def merged_tensors(
     sources = sources or Sources()
     plan = plan_merge(recipe, sources)
     wanted = [planned for planned in plan if names is None or planned.name in names]
-    if compiles is None:
-        n_read = sum(math.prod(p.shape) * (len(p.inputs) + 1) for p in wanted)
-        compiles = n_read >= _COMPILED_ENTRIES
-    place = torch.device(device)
-    n_threads = torch.get_num_threads() if place.type == "cpu" else 1
-    merge = partial(_merge_one, recipe, sources, place, compiles)
-    return _in_parallel(wanted, merge, n_threads)
+    return _stream(recipe, sources, wanted, torch.device(device), compiles)
 
 
-def _in_parallel(
-    wanted: list[Planned], merge: Callable[[Planned], Tensor], n_threads: int
+def _stream(
+    recipe: Recipe, sources: Sources, wanted: list[Planned], device: torch.device, compiles: bool | None
 ) -> Iterator[tuple[str, Tensor]]:
+    if compiles is None:
+        n_read = sum(math.prod(planned.shape) * (len(planned.inputs) + 1) for planned in wanted)
+        compiles = n_read * (_CANDIDATES if sources.keeps else 1) >= _COMPILED_ENTRIES
+    merger = _Merger(recipe, sources, device, compiles)
+    n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return _in_parallel(wanted, merger, n_threads)
+
+
+def _in_parallel(wanted: list[Planned], merger: _Merger, n_threads: int) -> Iterator[tuple[str, Tensor]]:
     """Merge a few tensors ahead, each on one thread, and hand them out in order.
 
     One tensor a thread is twice as fast here as one operation on all threads, whose barriers cost
     more than the work on a chunk, and it does not suffer where other processes want the cores.
     """
-    if n_threads == 1:
-        for planned in wanted:
-            yield planned.name, merge(planned)
-        return
     # The number of threads belongs to the thread that sets it: the caller's stays as it is.
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         ahead: deque[tuple[Planned, Future[Tensor]]] = deque()
@@ -103,7 +104,8 @@ def _in_parallel(
             while True:
                 while waiting and (len(ahead) <= n_threads or n_bytes < _AHEAD_BYTES):
                     planned = waiting.popleft()
-                    ahead.append((planned, pool.submit(merge, planned)))
+                    merger.prefetch(planned)
+                    ahead.append((planned, pool.submit(merger.merge, planned)))
                     n_bytes += planned.n_bytes
                 if not ahead:
                     return
@@ -115,56 +117,69 @@ def _in_parallel(
                 future.cancel()
 
 
-def _merge_one(
-    recipe: Recipe, sources: Sources, device: torch.device, compiles: bool, planned: Planned
-) -> Tensor:
-    if not planned.is_floating:
-        return _copied(planned, sources).to(device)
-    method = METHODS[planned.method]
+class _Merger:
+    """Makes planned tensors out of the sources'."""
 
-    def source(entry: Input) -> Source:
-        tensor = sources.architecture(entry.model).checkpoint.read(entry.name)
+    def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, compiles: bool) -> None:
+        self._recipe, self._sources, self._device = recipe, sources, device
+        self._compiles = compiles
+
+    def prefetch(self, planned: Planned) -> None:
+        """Start to bring the inputs from disk, or to the device."""
+        for entry in _inputs(planned):
+            self._sources.residence.prefetch(*self._stored(entry), self._device)
+
+    def _stored(self, entry: Input) -> tuple[Checkpoint, str, torch.dtype]:
+        """Where an input is, and the dtype it is taken in: the recipe's, else its own."""
+        checkpoint = self._sources.architecture(entry.model).checkpoint
+        dtype = self._recipe.dtype or checkpoint.tensors[entry.name].dtype
+        return checkpoint, entry.name, getattr(torch, dtype)
+
+    def merge(self, planned: Planned) -> Tensor:
+        """Make one tensor, on the device."""
+        if not planned.is_floating:
+            return self._copied(planned)
+        method = METHODS[planned.method]
+        job = TensorJob(
+            name=planned.name,
+            base=self._source(planned, planned.base, {}) if planned.base else None,
+            sources=[self._source(planned, entry, method.per_model) for entry in planned.inputs],
+            parameters={
+                name: look_up(name, parameter, planned.levels, planned.name, planned.t)
+                for name, parameter in method.shared.items()
+            },
+            out_dtype=getattr(torch, planned.dtype),
+            statistics=self._sources.statistics,
+            compiles=self._compiles,
+        )
+        return method.function()(job)
+
+    def _source(self, planned: Planned, entry: Input, per_model: Mapping[str, Parameter]) -> Source:
+        tensor = self._sources.residence.fetch(*self._stored(entry), self._device)
         if planned.shape and tensor.shape[0] > planned.shape[0]:
             tensor = tensor[: planned.shape[0]]
+        levels = (*entry.levels, *planned.levels)
         parameters = {
-            name: look_up(name, parameter, (*entry.levels, *planned.levels), entry.filter_name, planned.t)
-            for name, parameter in method.per_model.items()
-            if entry is not planned.base
+            name: look_up(name, parameter, levels, entry.filter_name, planned.t)
+            for name, parameter in per_model.items()
         }
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else tensor.dtype
-        return Source(
-            tensor.to(device=device, dtype=dtype),
-            parameters,
-            MaskKey(recipe.random_seed, entry.model, entry.occurrence, planned.name),
-            entry.model,
-            entry.name,
-        )
+        key = MaskKey(self._recipe.random_seed, entry.model, entry.occurrence, planned.name)
+        return Source(tensor, parameters, key, entry.model, entry.name)
 
-    job = TensorJob(
-        name=planned.name,
-        base=source(planned.base) if planned.base else None,
-        sources=[source(entry) for entry in planned.inputs],
-        parameters={
-            name: look_up(name, parameter, planned.levels, planned.name, planned.t)
-            for name, parameter in method.shared.items()
-        },
-        out_dtype=getattr(torch, planned.dtype),
-        statistics=sources.statistics,
-        compiles=compiles,
-    )
-    return method.function()(job)
+    def _copied(self, planned: Planned) -> Tensor:
+        """Return an integer or boolean buffer, which must be the same in every model."""
+        checkpoints = [(self._stored(entry)[0], entry.name) for entry in _inputs(planned)]
+        first, *others = (checkpoint.read(name) for checkpoint, name in checkpoints)
+        if not all(torch.equal(first, other) for other in others):
+            raise CheckpointError(
+                f"buffer {planned.name} differs between the models and is not a number to average; "
+                f"merge models that share it"
+            )
+        return first.to(self._device)
 
 
-def _copied(planned: Planned, sources: Sources) -> Tensor:
-    """Return an integer or boolean buffer, which must be the same in every model."""
-    inputs = [*([planned.base] if planned.base else []), *planned.inputs]
-    tensors = [sources.architecture(entry.model).checkpoint.read(entry.name) for entry in inputs]
-    if not all(torch.equal(tensors[0], tensor) for tensor in tensors[1:]):
-        raise CheckpointError(
-            f"buffer {planned.name} differs between the models and is not a number to average; "
-            f"merge models that share it"
-        )
-    return tensors[0]
+def _inputs(planned: Planned) -> list[Input]:
+    return [*([planned.base] if planned.base else []), *planned.inputs]
 
 
 def save_merged(
@@ -191,8 +206,9 @@ def save_merged(
         OutputError, CheckpointError, RecipeError, HubUnreachableError.
     """
     sources = sources or Sources()
-    layout = [(planned.name, planned.dtype, planned.shape) for planned in plan_merge(recipe, sources)]
-    stream = merged_tensors(recipe, sources, device=device)
+    plan = plan_merge(recipe, sources)
+    layout = [(planned.name, planned.dtype, planned.shape) for planned in plan]
+    stream = _stream(recipe, sources, list(plan), torch.device(device), None)
     with complete_folder(Path(folder), overwrite) as part:
         write_shards(layout, stream, part, shard_bytes)
         config = merged_config(recipe, sources)

@@ -8,6 +8,7 @@ from typing import Any
 from merge_core.architecture import Architecture
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError
+from merge_core.residence import Residence, available_host_bytes
 from merge_core.statistics import StatisticsCache
 
 # A search has one structure, or a few where layer ranges or models are searched too.
@@ -15,12 +16,19 @@ _MAX_STRUCTURES = 32
 
 
 class Sources:
-    """Open checkpoints, statistics of their deltas, and the structures planned over them."""
+    """Open checkpoints, statistics of their deltas, and the structures planned over them.
 
-    def __init__(self) -> None:
+    Args:
+        keep: keep cast or copied tensors too, within half of the memory that is free: for a
+            search, where they are wanted again.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keeps = keep
+        self.residence = Residence(keep)
         self._architectures: dict[str, Architecture] = {}
         self._structures: dict[Hashable, Any] = {}
-        self.statistics = StatisticsCache()
+        self.statistics = StatisticsCache(available_host_bytes() // 4 if keep else 0)
 
     def architecture(self, reference: str) -> Architecture:
         """Open a model, or return it where it is open already.

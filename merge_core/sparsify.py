@@ -17,11 +17,11 @@ from torch import Tensor
 
 from merge_core.errors import RecipeError
 from merge_core.methods.entrywise import Operands, Values, indicator, total
-from merge_core.methods.job import Source, TensorJob, rows_in_chunks
-from merge_core.randomness import at_most, hash31, hash_words, last_kept
-from merge_core.statistics import delta_ranks, largest_magnitude
+from merge_core.methods.job import Source, TensorJob
+from merge_core.randomness import at_most, hash_words, last_kept
+from merge_core.statistics import delta_ranks, largest_magnitude, row_ranks
 
-Kind = Literal["all", "none", "random", "largest", "band", "given"]
+Kind = Literal["all", "none", "random", "largest", "band", "ranked"]
 Sparsifier = Callable[[TensorJob, Source], "Kept"]
 _EVERY = (1 << 31) - 1
 # Sums of magnitudes are taken in units of the largest one over this, as integers.
@@ -34,7 +34,8 @@ class Kept:
 
     Attributes:
         kind: all; none; random: by hash; largest: above a threshold, and some of those at it;
-            band: between two thresholds, and some of those at each; given: as an array says.
+            band: between two thresholds, and some of those at each; ranked: by hash, with a
+            probability that grows with the rank in a row.
         values: the kind's thresholds, hash keys and limits, in the order `mask` asks for them.
         rescale: factor of the kept entries.
     """
@@ -53,8 +54,11 @@ def mask(kind: Kind, o: Operands, delta: Any) -> Any:
     Returns:
         Shape (n,), 1 where kept and 0 elsewhere.
     """
-    if kind == "given":
-        return o.array()
+    if kind == "ranked":
+        slope, first, k0, k1 = o.number(), o.number(), o.integer(), o.integer()
+        bound = o.array().to(torch.float64) * slope + first
+        hashed = hash_words(k0, k1, o.index, o.index_high).to(torch.float64)
+        return indicator(torch.lt, hashed, bound).to(torch.float32)
     if kind == "random":
         k0, k1, last = o.integer(), o.integer(), o.integer()
         return at_most(hash_words(k0, k1, o.index, o.index_high), last)
@@ -174,44 +178,12 @@ def keep_by_rank(job: TensorJob, source: Source) -> Kept:
             f"epsilon of {job.name} is {epsilon:g} with density {density:g}; density - epsilon and "
             f"density + epsilon must lie in (0, 1), lower epsilon"
         )
-    assert job.base is not None
-    kept = torch.empty(source.tensor.shape, dtype=torch.uint8, device=source.tensor.device)
-    flat = kept.view(-1)
-    start = 0
-    for x, base in zip(rows_in_chunks(source.tensor), rows_in_chunks(job.base.tensor), strict=True):
-        delta = x.to(job.work_dtype) - base.to(job.work_dtype)
-        share = _mean_ranks(delta.abs_())
-        probability = (density - epsilon) + 2 * epsilon * share
-        last = probability.mul_(_EVERY + 1.0).ceil_().sub_(1).to(torch.int32).view(-1)
-        stop = start + last.numel()
-        index = torch.arange(start, stop, dtype=torch.int64, device=last.device)
-        flat[start:stop] = at_most(hash31(source.key, index), last)
-        start = stop
-    return _rescaled(job, source, Kept("given", Values(arrays=(kept,))))
-
-
-def _mean_ranks(rows: Tensor) -> Tensor:
-    """Rank each row: 0 for its smallest entry, 1 for its largest, equal entries their mean.
-
-    Args:
-        rows: shape (r, m).
-
-    Returns:
-        float64, shape (r, m).
-    """
-    m = rows.shape[1]
-    if m == 1:
-        return torch.full(rows.shape, 0.5, dtype=torch.float64, device=rows.device)
-    ordered, order = rows.sort(dim=1)
-    at = torch.arange(m, device=rows.device).expand_as(order)
-    new = torch.ones_like(order, dtype=torch.bool)
-    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    first = torch.where(new, at, 0).cummax(dim=1).values
-    ends = torch.ones_like(new)
-    ends[:, :-1] = new[:, 1:]
-    last = torch.where(ends, at, m).flip(1).cummin(dim=1).values.flip(1)
-    mean = (first + last).to(torch.float64) / (2 * (m - 1))
-    return torch.empty_like(mean).scatter_(1, order, mean)
+    width = source.tensor.shape[-1] if source.tensor.dim() else 1
+    # Bounds of the hash: probabilities in units of 2^-31. Twice the rank runs to 2 (width - 1).
+    first, slope = (density - epsilon, epsilon / (width - 1)) if width > 1 else (density, 0.0)
+    numbers = (slope * (_EVERY + 1), first * (_EVERY + 1))
+    values = Values(numbers, source.key.words(), (row_ranks(job, source),))
+    return _rescaled(job, source, Kept("ranked", values))
 
 
 def _rescaled(job: TensorJob, source: Source, kept: Kept) -> Kept:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from merge_core.methods.entrywise import Operands, Values, evaluated
-from merge_core.methods.job import Source, TensorJob, chunks, row_sums
+from merge_core.methods.job import Source, TensorJob, chunks, row_sums, rows_in_chunks
 
 _T = TypeVar("_T")
 # A table of ranks lists at most so many magnitudes, chosen from a sample of so many entries.
@@ -27,10 +27,16 @@ _GAPS = 32
 
 
 class StatisticsCache:
-    """Results by what they were computed from."""
+    """Results by what they were computed from.
 
-    def __init__(self) -> None:
+    Args:
+        array_bytes: how much memory results of the size of a tensor may take; the rest of them is
+            computed anew each time.
+    """
+
+    def __init__(self, array_bytes: int = 0) -> None:
         self._known: dict[Any, Any] = {}
+        self._array_bytes = array_bytes
 
     def once(self, job: TensorJob, what: Any, sources: Sequence[Source], compute: Callable[[], _T]) -> _T:
         """Compute a statistic of the job's base and these sources, or recall it.
@@ -38,12 +44,30 @@ class StatisticsCache:
         Args:
             what: names the statistic, with every parameter that it depends on.
         """
-        read = [*([job.base] if job.base else []), *sources]
-        key = (what, *((s.model, s.input_name, s.tensor.dtype, s.tensor.shape) for s in read))
+        key = self._key(job, what, sources)
         if key not in self._known:
             self._known[key] = compute()
         result: _T = self._known[key]
         return result
+
+    def array(
+        self, job: TensorJob, what: Any, sources: Sequence[Source], compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """As `once`, for a result of the size of a tensor: kept only while there is room."""
+        key = self._key(job, what, sources)
+        if key in self._known:
+            known: Tensor = self._known[key]
+            return known
+        result = compute()
+        if result.nbytes <= self._array_bytes:
+            self._array_bytes -= result.nbytes
+            self._known[key] = result
+        return result
+
+    @staticmethod
+    def _key(job: TensorJob, what: Any, sources: Sequence[Source]) -> Any:
+        read = [*([job.base] if job.base else []), *sources]
+        return (what, *((s.model, s.input_name, s.tensor.dtype, s.tensor.shape) for s in read))
 
 
 @dataclass(frozen=True)
@@ -125,6 +149,44 @@ def delta_ranks(job: TensorJob, source: Source) -> Ranks:
 def magnitude(structure: Any, o: Operands) -> Any:
     """A formula: the magnitude of a delta."""
     return (o.xs[0] - o.base).abs()
+
+
+def row_ranks(job: TensorJob, source: Source) -> Tensor:
+    """Rank a delta's magnitudes in their rows, along the last dimension.
+
+    Returns:
+        Twice the rank from 0 upwards, so that entries of equal magnitude can share their mean;
+        uint16 or int32, shape (n,), on the CPU.
+    """
+
+    def ranks() -> Tensor:
+        assert job.base is not None
+        width = source.tensor.shape[-1] if source.tensor.dim() else 1
+        kind = np.uint16 if 2 * width < 1 << 16 else np.int32
+        twice = np.empty(source.tensor.numel(), kind)
+        start = 0
+        for x, base in zip(rows_in_chunks(source.tensor), rows_in_chunks(job.base.tensor), strict=True):
+            delta = x.to(job.work_dtype) - base.to(job.work_dtype)
+            rows = delta.abs_().cpu().numpy()
+            _twice_the_ranks(rows, twice[start : start + rows.size].reshape(rows.shape))
+            start += rows.size
+        return torch.from_numpy(twice)
+
+    return job.statistics.array(job, "row_ranks", [source], ranks)
+
+
+def _twice_the_ranks(rows: np.ndarray, twice: np.ndarray) -> None:
+    order = np.argsort(rows, axis=1)
+    ordered = np.sort(rows, axis=1)
+    is_first = np.ones(rows.shape, bool)
+    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=is_first[:, 1:])
+    at = np.arange(rows.shape[1], dtype=np.int32)
+    first = np.maximum.accumulate(np.where(is_first, at, np.int32(0)), axis=1)
+    is_last = np.ones(rows.shape, bool)
+    is_last[:, :-1] = is_first[:, 1:]
+    last = np.where(is_last, at, np.int32(rows.shape[1]))
+    last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
+    np.put_along_axis(twice, order, (first + last).astype(twice.dtype), axis=1)
 
 
 def is_zero(job: TensorJob, source: Source) -> bool:

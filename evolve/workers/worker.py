@@ -108,7 +108,7 @@ class Worker:
             setup.seed,
             allow_unsafe_code=setup.allow_unsafe_code,
         )
-        self.sources = sources or Sources()
+        self.sources = sources or Sources(keep=True)
         self.engine: Engine = start_engine(setup.backend, setup.engine)
         self._banks: dict[Prompting, RequestBank] = {}
         self._bank(setup.prompting)

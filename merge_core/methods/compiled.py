@@ -48,7 +48,8 @@ _STORED = {
     torch.float16: ("_Float16", "({})", "(_Float16)({})"),
     torch.float32: ("float", "({})", "(float)({})"),
     torch.float64: ("double", "({})", "(double)({})"),
-    torch.uint8: ("uint8_t", "({})", "(uint8_t)({})"),
+    torch.uint16: ("uint16_t", "({})", ""),
+    torch.int32: ("int32_t", "({})", ""),
 }
 _COMPUTED = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t"}
 _WIDTH = {"int32_t": 0, "float": 1, "double": 2}
@@ -235,20 +236,21 @@ def loop_for(
     xs: tuple[torch.dtype, ...],
     out: torch.dtype | None,
     work: torch.dtype,
-    counts: tuple[int, int, int],
+    arrays: tuple[torch.dtype, ...],
+    counts: tuple[int, int],
 ) -> Loop:
     """Compile a formula for these dtypes, or recall it.
 
     Args:
         key: names the formula and its structure.
         trace: the formula: (base, xs, index, index_high, numbers, integers, arrays) to a result.
-        base, xs, out, work: dtypes; without `out` the loop sums the results as integers.
-        counts: how many numbers, integers and arrays the formula asks for.
+        base, xs, out, work, arrays: dtypes; without `out` the loop sums the results as integers.
+        counts: how many numbers and integers the formula asks for.
     """
-    full_key = (key, base, xs, out, work, counts)
+    full_key = (key, base, xs, out, work, arrays, counts)
     with _lock:
         if full_key not in _loops:
-            _loops[full_key] = Loop(_c_source(trace, base, xs, out, work, counts))
+            _loops[full_key] = Loop(_c_source(trace, base, xs, out, work, arrays, counts))
         return _loops[full_key]
 
 
@@ -258,9 +260,10 @@ def _c_source(
     xs: tuple[torch.dtype, ...],
     out: torch.dtype | None,
     work: torch.dtype,
-    counts: tuple[int, int, int],
+    arrays: tuple[torch.dtype, ...],
+    counts: tuple[int, int],
 ) -> str:
-    stored = [*([base] if base is not None else []), *xs, *[torch.uint8] * counts[2]]
+    stored = [*([base] if base is not None else []), *xs, *arrays]
     lines: list[str] = []
     read = [
         Traced(lines, _COMPUTED[work], f"({_COMPUTED[work]}){_STORED[d][1].format(f'in{i}[i]')}")

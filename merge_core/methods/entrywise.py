@@ -28,7 +28,7 @@ class Values:
     Attributes:
         numbers: reals, in the order in which the formula asks for them.
         integers: signed 32-bit integers, likewise.
-        arrays: masks of shape (n,), uint8, 1 where an entry is kept.
+        arrays: further tensors of shape (n,), uint16 or int32, such as ranks.
     """
 
     numbers: tuple[float, ...] = ()
@@ -76,7 +76,7 @@ class Operands:
         return next(self._values["integer"])
 
     def array(self) -> Any:
-        """Next of the arrays: the chunk's part of it, as 0 and 1 in the work dtype."""
+        """Next of the arrays: the chunk's part of it, in the work dtype."""
         return next(self._values["array"])
 
 
@@ -210,5 +210,6 @@ def _loop(
         tuple(x.dtype for x in sources),
         out,
         job.work_dtype,
-        (len(values.numbers), len(values.integers), len(values.arrays)),
+        tuple(array.dtype for array in values.arrays),
+        (len(values.numbers), len(values.integers)),
     )
