@@ -282,7 +282,7 @@ def _fill(node: Any, values: Mapping[str, Value]) -> Any:
 def _read(node: Any, recipe: Any) -> Iterator[tuple[str, Value]]:
     if isinstance(node, _Slot):
         yield from node.read(recipe)
-    elif isinstance(node, dict):
+    elif isinstance(node, dict) and isinstance(recipe, dict):  # a reference's mapping became text
         for key, value in node.items():
             if isinstance(value, dict | list | _Slot):
                 yield from _read(value, recipe[key])

@@ -45,6 +45,12 @@ def value_at(setting: Any, tensor_name: str, t: float, steps: bool = False) -> f
     return scalar
 
 
+def is_total(setting: Any) -> bool:
+    """Tell whether a setting has a value for every tensor: no filter, or a last resort without one."""
+    entries = setting if isinstance(setting, list) else [setting]
+    return any(not isinstance(e, Mapping) or e.get("filter") in (None, "*") for e in entries)
+
+
 def _gradient(anchors: list[Any], t: float, steps: bool) -> float | bool:
     """Interpolate linearly between anchors spread evenly over [0, 1]; booleans step."""
     position = t * (len(anchors) - 1)

@@ -7,13 +7,15 @@ search, the wiring, is made once; a plan adds a recipe's own parameters and dtyp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 from merge_core.architecture import text_config, with_layers, with_text_config
 from merge_core.checkpoint.safetensors_file import ITEM_BYTES
-from merge_core.errors import CheckpointError
+from merge_core.errors import CheckpointError, RecipeError
+from merge_core.methods import METHODS, Parameter
+from merge_core.parameters import is_total, value_at
 from merge_core.parts import Levels, Part
 from merge_core.recipe import Recipe
 from merge_core.sources import Sources
@@ -128,6 +130,7 @@ def plan_merge(
 
     Raises:
         CheckpointError: with the first differing tensors and shapes.
+        RecipeError: a required parameter has no value for some tensor, whose name no filter matches.
     """
     faults = sources.open_all(recipe.references())
     if faults:
@@ -142,6 +145,9 @@ def plan_merge(
         levels = () if part is None else own[part][wire.source]
         return Input(wire.model, wire.name, wire.occurrence, levels, wire.filter_name)
 
+    faults = list(_value_faults(parts, wiring))
+    if faults:
+        raise RecipeError(faults)
     tensors = tuple(
         Planned(
             name=wired.name,
@@ -169,6 +175,39 @@ def _wiring(parts: Sequence[Part], donor: str, sources: Sources, leniency: Lenie
         (donor, leniency, shape), lambda: wire(parts, donor, sources, leniency)
     )
     return wiring
+
+
+def _value_faults(parts: Sequence[Part], wiring: Wiring) -> Iterator[str]:
+    """Find tensors that filters leave without a value of a required parameter."""
+    gaps: dict[tuple[int, int | None], list[tuple[str, str, Levels]]] = {}
+    for k, part in enumerate(parts):
+        method = METHODS[part.method or ""]
+        everyone: list[tuple[int | None, str, Levels, Mapping[str, Parameter]]]
+        everyone = [(None, part.place, part.levels, method.shared)]
+        everyone += [
+            (i, source.place, (*source.levels, *part.levels), method.per_model)
+            for i, source in enumerate(part.sources)
+            if source.model != part.base
+        ]
+        for i, place, levels, parameters in everyone:
+            for name, parameter in parameters.items():
+                if parameter.required and not any(is_total(v[name]) for v in levels if name in v):
+                    gaps.setdefault((k, i), []).append((place, name, levels))
+    without: dict[tuple[str, str], list[str]] = {}
+    for wired in wiring.tensors if gaps else ():
+        if wired.part is None or not wired.is_floating:
+            continue
+        asked = [(None, wired.name), *((wire.source, wire.filter_name) for wire in wired.inputs)]
+        for i, tensor in asked:
+            for place, name, levels in gaps.get((wired.part, i), ()):
+                if all(value_at(v[name], tensor, wired.t) is None for v in levels if name in v):
+                    without.setdefault((place, name), []).append(tensor)
+    for (place, name), tensors in without.items():
+        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        yield (
+            f"{place}: {name} has no value for tensor {tensors[0]}{more}; no filter matches it, "
+            f"add a last entry without filter"
+        )
 
 
 def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from merge_core.recipe_yaml import dump_yaml, load_yaml
 
 __all__ = ["ModelEntry", "ModuleEntry", "Recipe", "SliceEntry", "SourceEntry", "load_yaml"]
 
+# Keys of mergekit that choose another tokenizer or template than the base's.
+_NOT_YET = ("tokenizer", "chat_template")
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
@@ -132,17 +134,6 @@ class Recipe(_Part):
             raise ValueError("the base's tokenizer is the only one that can be kept; write base")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_other_tokenizer(cls, data: Any) -> Any:
-        for key in ("tokenizer", "chat_template"):
-            if isinstance(data, Mapping) and data.get(key) is not None:
-                raise ValueError(
-                    f"{key} is {shown(data[key])}; the base's tokenizer and template are kept as "
-                    f"they are, remove {key}"
-                )
-        return data
-
     @model_validator(mode="after")
     def _has_one_body(self) -> Recipe:
         if self.modules is not None:
@@ -172,11 +163,20 @@ class Recipe(_Part):
         """
         if not isinstance(data, Mapping):
             raise RecipeError(f"recipe is {data!r:.60}; it must be a mapping with `merge_method:`")
+        plain = {key: value for key, value in data.items() if key not in _NOT_YET}
+        refused = [
+            f"{key} is {shown(data[key])}; the base's tokenizer and template are kept as they are, "
+            f"remove {key}"
+            for key in _NOT_YET
+            if data.get(key) is not None
+        ]
         try:
-            recipe = cls.model_validate(dict(data))
+            recipe = cls.model_validate(plain)
         except ValidationError as error:
-            raise RecipeError(schema_faults(error, _known_keys(data.get("modules")))) from None
+            faults = schema_faults(error, _known_keys(data.get("modules")))
+            raise RecipeError(refused + faults) from None
         findings = recipe._findings()
+        findings.faults[:0] = refused
         if findings.faults or (strict and findings.unread):
             raise RecipeError(findings.faults + (findings.unread if strict else []))
         return recipe

@@ -123,6 +123,7 @@ class _Wirer:
         self.architectures = [[sources.architecture(s.model) for s in part.sources] for part in parts]
         self.sources = sources
         self.leniency = leniency
+        self.donors_suffixes = {suffix for layer in self.model.layers for suffix in layer}
         self.n_rows = vocabulary_rows([*self.architectures[0], *self.architectures[-1]])
         self.differing: dict[tuple[str, str], list[str]] = {}
         self.rows: dict[int, str] = {}
@@ -168,11 +169,12 @@ class _Wirer:
         """Draft the tensors of one output layer; each model names them by its own layer's number."""
         row = self.architectures[k]
         known = [set(a.layers[n]) for a, n in zip(row, numbers, strict=True)]
+        # Which layer of a donor that is not among the sources this would be is anyone's guess.
         donors = [there for a, there in zip(row, known, strict=True) if a is self.model]
         for suffix in dict.fromkeys(s for a, n in zip(row, numbers, strict=True) for s in a.layers[n]):
             spelled = [a.layer_name(n, suffix) for a, n in zip(row, numbers, strict=True)]
             names = [s if suffix in there else None for s, there in zip(spelled, known, strict=True)]
-            donor_has_it = any(suffix in there for there in donors or map(set, self.model.layers))
+            donor_has_it = any(suffix in there for there in donors or [self.donors_suffixes])
             yield _Draft(self.model.layer_name(output, suffix), k, t, names, spelled, donor_has_it)
 
     # ---- what goes in ----

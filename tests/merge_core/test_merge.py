@@ -677,17 +677,17 @@ def test_a_value_that_is_missing_for_a_tensor_is_an_error_that_names_it(llamas):
     entry = {"model": llamas.x, "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}
     config = {"merge_method": "ties", "base_model": llamas.base, "models": [entry]}
     with pytest.raises(RecipeError, match=r"weight has no value for tensor model\.embed_tokens\.weight"):
-        list(merged_tensors(Recipe.parse(config)))
+        merged_tensors(Recipe.parse(config))
 
 
 # ---- the output folder --------------------------------------------------------------------------
 
 
 def failing(llamas: Any) -> Recipe:
-    """A recipe that fails in the middle of the stream: a filter leaves lm_head without a weight."""
-    weight = [{"filter": "model", "value": 1}]
-    entry = {"model": llamas.x, "parameters": {"weight": weight}}
-    return Recipe.parse({"merge_method": "ties", "base_model": llamas.base, "models": [entry]})
+    """A recipe that fails in the middle of the stream: the weights of lm_head sum to zero."""
+    weight = [{"filter": "lm_head", "value": -1}, {"value": 1}]
+    entries = [{"model": llamas.x}, {"model": llamas.y, "parameters": {"weight": weight}}]
+    return Recipe.parse({"merge_method": "linear", "models": entries})
 
 
 def test_a_failure_mid_stream_leaves_nothing(llamas, tmp_path):

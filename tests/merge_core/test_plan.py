@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_core.errors import CheckpointError
+from merge_core.errors import CheckpointError, RecipeError
 from merge_core.merge import merged_tensors
 from merge_core.methods import METHODS
 from merge_core.parameters import look_up
@@ -370,6 +370,33 @@ def test_different_shapes_are_refused_even_with_allow_crimes(zoo):
     given = recipe("linear", zoo("x"), zoo("y", {MLP: (5, 4)}))
     (fault,) = faults_of(given, allow_crimes=True)
     assert f"{MLP} is [5, 4] against [4, 4]" in fault
+
+
+# ---- values that filters leave out --------------------------------------------------------------
+
+
+def test_a_required_value_that_no_filter_gives_is_missed_before_work_begins(zoo):
+    base, x, y = zoo("base"), zoo("x"), zoo("y")
+    only_mlp = {"weight": [{"filter": "mlp", "value": 1}]}
+    entries = [{"model": x, "parameters": only_mlp}, {"model": y, "parameters": {"weight": 1}}]
+    config = {"merge_method": "ties", "base_model": base, "models": entries}
+    with pytest.raises(RecipeError) as caught:
+        plan_merge(Recipe.parse(config), Sources())
+    assert caught.value.faults == [
+        "models[0]: weight has no value for tensor model.embed_tokens.weight and 6 more; no filter "
+        "matches it, add a last entry without filter"
+    ]
+    for rest in ({"weight": 0.5}, {"weight": [{"filter": "*", "value": 1}]}):
+        assert plan_merge(Recipe.parse({**config, "parameters": rest}), Sources())
+    covering = {"weight": [{"filter": part, "value": 1} for part in ("embed", "attn", "norm", "lm_h")]}
+    assert plan_merge(Recipe.parse({**config, "parameters": covering}), Sources())
+
+
+def test_shared_values_are_missed_by_output_names(zoo):
+    t = [{"filter": "layers", "value": 0.5}]
+    given = recipe("slerp", zoo("x"), zoo("y"), parameters={"t": t})
+    with pytest.raises(RecipeError, match=r"^models: t has no value for tensor .* and 2 more; "):
+        plan_merge(given, Sources())
 
 
 # ---- tied heads ---------------------------------------------------------------------------------

@@ -142,6 +142,50 @@ def test_any_recipe_survives_yaml(tmp_path_factory, weights, name):
     assert Recipe.load(path) == recipe
 
 
+settings_of = st.dictionaries(st.sampled_from(["weight", "normalize"]), numbers, max_size=1).map(
+    lambda given: {k: (bool(v) if k == "normalize" else v) for k, v in given.items()}
+)
+own = st.fixed_dictionaries({}, optional={"weight": numbers | gradients | filtered})
+entries = st.lists(
+    st.fixed_dictionaries({"model": names}, optional={"parameters": own}), min_size=1, max_size=3
+)
+
+
+@st.composite
+def bodies(draw):
+    """What may be merged: models, slices with a method of their own or not, or both."""
+    body = {"models": draw(entries)} if draw(st.booleans()) else {}
+    if not body or draw(st.booleans()):
+        body["slices"] = [
+            {
+                "sources": [{**source, "layer_range": [start, start + 2]} for source in sources],
+                **draw(st.sampled_from([{}, {"merge_method": "linear"}, {"base_model": "b"}])),
+                "parameters": draw(settings_of),
+            }
+            for start, sources in enumerate(draw(st.lists(entries, min_size=1, max_size=3)))
+        ]
+    return {**body, "parameters": draw(settings_of)}
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(body=bodies(), in_module=st.booleans(), dtype=st.sampled_from([None, "float16"]))
+def test_a_recipe_of_any_form_survives_and_keeps_its_one_form(body, in_module, dtype):
+    config = {"modules": {"default": body}} if in_module else body
+    recipe = Recipe.parse({"merge_method": "linear", "dtype": dtype, **config})
+    again = Recipe.parse(yaml.safe_load(recipe.to_yaml()) if dtype else recipe.as_config())
+    assert again == recipe
+    assert again.parts() == recipe.parts()
+    parts = recipe.parts()
+    assert [source.model for part in parts for source in part.sources] == [
+        source["model"]
+        for part in body.get("slices", [{"sources": body.get("models")}])
+        for source in part["sources"]
+    ]
+    for part in parts:
+        assert part.levels[-1] == recipe.parameters
+        assert part.levels[-2 if in_module else -1] == body["parameters"]
+
+
 @pytest.mark.parametrize(
     "name", ["1e5", "0E0", "7", "1.5", "true", "null", "2026-01-01", "~", "a: b", "#x"]
 )
@@ -486,13 +530,13 @@ FAULTS = {
     ),
     "a tokenizer section": (
         {**TIES, "tokenizer": {"source": "union"}},
-        r"tokenizer is \{'source': 'union'\}; .*remove tokenizer$",
+        r"^tokenizer is \{'source': 'union'\}; .*remove tokenizer$",
     ),
     "another tokenizer": (
         {**TIES, "tokenizer_source": "union"},
         r"^tokenizer_source is 'union'; the base's tokenizer is the only one.*; write base$",
     ),
-    "a chat template": ({**TIES, "chat_template": "auto"}, r"chat_template is 'auto'; .*remove chat_te"),
+    "a chat template": ({**TIES, "chat_template": "auto"}, r"^chat_template is 'auto'; .*remove chat_te"),
     "a recipe that is a list": ([TIES], r"^recipe is \[.*; it must be a mapping with `merge_method:`$"),
     "a recipe that is nothing": (None, r"^recipe is None; it must be a mapping"),
 }
