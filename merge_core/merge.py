@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from merge_core.card import model_card
 from merge_core.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
     complete_folder,
@@ -41,6 +42,7 @@ def merged_tensors(
     sources: Sources | None = None,
     names: Collection[str] | None = None,
     device: str | torch.device = "cpu",
+    **plan_options: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge, one tensor at a time.
 
@@ -49,6 +51,7 @@ def merged_tensors(
         sources: open checkpoints, to be reused between calls; opened here if absent.
         names: only these output tensors, which come out the same as in the whole merge.
         device: where the arithmetic runs and the tensors end up.
+        plan_options: of `plan_merge`.
 
     Yields:
         (name, tensor) in the order of the model: embeddings, layers, head. Each tensor has the
@@ -59,7 +62,7 @@ def merged_tensors(
         RecipeError: a value is missing for a tensor.
     """
     sources = sources or Sources()
-    plan = plan_merge(recipe, sources)
+    plan = plan_merge(recipe, sources, **plan_options)
     wanted = [planned for planned in plan if names is None or planned.name in names]
     place = torch.device(device)
     n_threads = torch.get_num_threads() if place.type == "cpu" else 1
@@ -153,7 +156,10 @@ def save_merged(
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     with_tokenizer: bool = True,
+    with_card: bool = True,
     device: str | torch.device = "cpu",
+    on_tensor: Callable[[str, int], None] | None = None,
+    **plan_options: Any,
 ) -> None:
     """Write the merged model as a folder that Transformers loads; it appears only when complete.
 
@@ -163,19 +169,36 @@ def save_merged(
         recipe_text: what to keep as mergekit_config.yml; default the recipe itself.
         shard_bytes: largest size of one weights file; <= 0 for a single one.
         with_tokenizer: copy the donor's tokenizer and templates.
+        with_card: write README.md.
+        on_tensor: called with name and bytes of each tensor as it goes to the writer.
+        plan_options: of `plan_merge`.
 
     Raises:
         OutputError, CheckpointError, RecipeError, HubUnreachableError.
     """
     sources = sources or Sources()
-    stream = merged_tensors(recipe, sources, device=device)
+    text = recipe_text or recipe.to_yaml()
+    stream = merged_tensors(recipe, sources, device=device, **plan_options)
     with complete_folder(Path(folder), overwrite) as part:
-        write_shards(((name, tensor.cpu()) for name, tensor in stream), part, shard_bytes)
+        write_shards(_told(stream, on_tensor), part, shard_bytes)
         config = merged_config(recipe, sources)
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (part / "mergekit_config.yml").write_text(recipe_text or recipe.to_yaml())
+        (part / "mergekit_config.yml").write_text(text, encoding="utf-8")
+        if with_card:
+            plan = plan_merge(recipe, sources, **plan_options)
+            card = model_card(recipe, sources, plan, Path(folder).resolve().name, text)
+            (part / "README.md").write_text(card, encoding="utf-8")
         if with_tokenizer:
             copy_tokenizer(sources.architecture(donor(recipe)).checkpoint.folder, part)
+
+
+def _told(
+    stream: Iterator[tuple[str, Tensor]], on_tensor: Callable[[str, int], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        yield name, tensor.cpu()
+        if on_tensor:
+            on_tensor(name, tensor.numel() * tensor.element_size())
 
 
 def load_merged(
