@@ -141,7 +141,7 @@ def estimate(
 
 def in_units(n_bytes: float) -> str:
     """Spell a number of bytes in decimal units: 2.17 GB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= size:
             return (
                 f"{n_bytes / size:.3g} {unit}" if n_bytes < 1e3 * size else f"{n_bytes / size:.0f} {unit}"
