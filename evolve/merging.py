@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from merge_core.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
     from merge_core.estimate import Estimate
-    from merge_core.plan import Sources
+    from merge_core.plan import Planned, Sources
     from merge_core.recipe import Recipe
 
 # mergekit's flags that change nothing here, and why.
@@ -149,7 +149,7 @@ def merge(
     if copy_tokenizer and not has_tokenizer(folder):
         say(f"warning: {folder} has no tokenizer files; the merged model will have none")
     if verbose:
-        _describe(parsed, sources, device)
+        _describe(parsed, sources, plan, device)
     needs = estimate(
         parsed,
         sources,
@@ -227,9 +227,10 @@ def _process_seconds() -> float:
     return up - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _describe(recipe: Recipe, sources: Sources, device: str) -> None:
+def _describe(recipe: Recipe, sources: Sources, plan: Sequence[Planned], device: str) -> None:
     import torch
 
+    methods = dict.fromkeys(planned.method for planned in plan)
     for reference in recipe.references():
         model = sources.architecture(reference)
         say(
@@ -237,7 +238,7 @@ def _describe(recipe: Recipe, sources: Sources, device: str) -> None:
             f"{model.n_layers} layers"
         )
     say(
-        f"{recipe.merge_method} in {recipe.dtype or 'the dtype of the models'} on {device}, "
+        f"{', '.join(methods)} in {recipe.dtype or 'the dtype of the models'} on {device}, "
         f"{torch.get_num_threads()} threads, seed {recipe.random_seed}"
     )
 

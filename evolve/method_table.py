@@ -38,7 +38,7 @@ def methods(
         caption="* one for each model; the others belong to the whole merge",
     )
     for column in ("method", "models", "parameters", "random", "paper"):
-        table.add_column(column, no_wrap=column != "parameters", overflow="fold")
+        table.add_column(column, no_wrap=column in ("method", "models"), overflow="fold")
     for method in chosen:
         table.add_row(
             method.name,

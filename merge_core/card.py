@@ -50,14 +50,14 @@ def model_card(
         "tags": ["mergekit", "merge"],
         **_merged_license(stated),
     }
-    method = METHODS[recipe.merge_method]
-    name = f"[{method.name}]({method.source})" if method.source else method.name
+    methods = [METHODS[name] for name in dict.fromkeys(planned.method for planned in plan)]
+    names = ", ".join(f"[{m.name}]({m.source})" if m.source else m.name for m in methods)
     base = f" with {_linked(recipe.base_model)} as base" if recipe.base_model else ""
     fence = "```" if "```" not in recipe_text else "~~~~~~"
     sections = [
         f"# {title}",
         f"A merge of {len(references)} pre-trained language models, made with evolve.",
-        f"## Method\n\n{name}{base}.",
+        f"## Method\n\n{names}{base}.",
         "## Models\n\n" + "\n".join(f"* {_linked(reference)}" for reference in references),
         f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}",
         "## Licence\n\n" + _license_text(stated),
