@@ -16,11 +16,11 @@ LINE_EVERY_S = 5.0
 
 
 def duration(seconds: float) -> str:
-    """Spell seconds: 8.4 s, 25 min, 3 h 20 min."""
+    """Spell seconds: 8.4 s, 2 min 5 s, 3 h 20 min."""
     if seconds < 120:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
