@@ -32,7 +32,7 @@ from merge_core.recipe import Recipe
 # Finished tensors that wait for the writer: at least so many, or so many bytes.
 AHEAD_TENSORS, AHEAD_BYTES = 4, 128_000_000
 # The last, longest pass over the sample takes about this long.
-SAMPLE_S = 0.7
+SAMPLE_S = 1.0
 
 
 @dataclass(frozen=True)
