@@ -129,7 +129,7 @@ def merge(
     import torch
 
     from evolve.engines import resolve_device
-    from merge_core.estimate import estimate
+    from merge_core.estimate import estimate, tensor_bytes
     from merge_core.merge import save_merged
     from merge_core.plan import Sources, donor, plan_merge
 
@@ -169,7 +169,7 @@ def merge(
         return
     text = recipe.read_text(encoding="utf-8") if random_seed is None else None
     try:
-        with progress(plan, needs.write_bytes, quiet, verbose) as on_tensor:
+        with progress(plan, sum(map(tensor_bytes, plan)), quiet, verbose) as on_tensor:
             save_merged(
                 parsed,
                 out,

@@ -113,7 +113,7 @@ def estimate(
     device = torch.device(device)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     model = sources.architecture(donor(recipe)).checkpoint
-    sizes = [math.prod(planned.shape) * _item_bytes(planned.dtype) for planned in plan]
+    sizes = [tensor_bytes(planned) for planned in plan]
     write_bytes = sum(sizes) + _other_bytes(recipe, sources, plan, sizes, shard_bytes, with_tokenizer)
     free_bytes = shutil.disk_usage(place).free
     own_bytes = private_bytes()
@@ -147,6 +147,11 @@ def in_units(n_bytes: float) -> str:
                 f"{n_bytes / size:.3g} {unit}" if n_bytes < 1e3 * size else f"{n_bytes / size:.0f} {unit}"
             )
     return f"{n_bytes:.0f} B"
+
+
+def tensor_bytes(planned: Planned) -> int:
+    """Size of an output tensor's numbers."""
+    return math.prod(planned.shape) * _item_bytes(planned.dtype)
 
 
 def _item_bytes(dtype: str) -> int:
