@@ -279,7 +279,8 @@ def _merge_seconds(
     plan_options: dict[str, Any],
 ) -> float:
     """Merge growing samples and foretell the seconds of merging and writing all tensors."""
-    names = _sample_names(plan, max(4, 2 * n_threads))
+    # Enough of them that filling and draining the threads does not count.
+    names = _sample_names(plan, max(16, 8 * n_threads))
 
     def run(n_entries: int) -> tuple[float, int]:
         part = _SampleSources(sources, n_entries)
@@ -294,7 +295,7 @@ def _merge_seconds(
     with nameless_file(place) as file:
         run(1)  # loads what is loaded once
         few_s, few = run(1)
-        n_entries, seconds, merged = 1 << 18, 0.0, 0
+        n_entries, seconds, merged = 1 << 17, 0.0, 0
         while seconds < SAMPLE_S / 2:
             before = merged
             seconds, merged = run(n_entries)
