@@ -1,4 +1,4 @@
-"""The commands: evolve run | status | export | merge | eval.
+"""The commands: evolve run | status | export | merge | methods | eval.
 
 Only the command line lives here; what a command does is imported when it runs, so that
 `evolve --help` answers at once.
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from evolve.errors import PausedError, SearchStoppedError, StorageError, TrialError
-from merge_core.errors import HubUnreachableError, MergeError, RecipeError
+from evolve.errors import PausedError, PushError, SearchStoppedError, StorageError, TrialError
+from evolve.merging import merge
+from evolve.method_table import methods
+from merge_core.errors import HubUnreachableError, MergeError
 
 if TYPE_CHECKING:
     from evolve.study import Study
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_FAULTS = 20
 EXIT_OTHER, EXIT_INPUT, EXIT_PAUSED = 1, 2, 130
-_NOT_THE_INPUT = (HubUnreachableError, StorageError, SearchStoppedError)
+_NOT_THE_INPUT = (HubUnreachableError, StorageError, SearchStoppedError, PushError)
 
 app = typer.Typer(
     name="evolve",
@@ -218,68 +220,8 @@ def _open(folder: Path) -> tuple[Study, Callable[[Any], Any], Verdict | None]:
     return study, lambda trial: space.recipe(trial.params), Verdict.recalled(note) if note else None
 
 
-@app.command()
-def merge(
-    recipe: Annotated[Path, typer.Argument(help="merge config", metavar="RECIPE.yml")],
-    out: Annotated[Path, typer.Argument(help="folder for the model", metavar="OUT")],
-    strict: Annotated[bool, typer.Option("--strict", help="unknown parameters are errors")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,
-    check: Annotated[bool, typer.Option("--check", help="check everything; write nothing")] = False,
-    device: Annotated[str, typer.Option(help="where the arithmetic runs")] = "cpu",
-    cuda: Annotated[bool, typer.Option("--cuda", help="the same as --device cuda")] = False,
-    copy_tokenizer: Annotated[bool, typer.Option(help="copy the tokenizer files")] = True,
-    out_shard_size: Annotated[str, typer.Option(help="bytes a file: 5B, 500M; 0 = one file")] = "5B",
-    random_seed: Annotated[
-        int | None, typer.Option(help="seed of random masks; overrides the recipe")
-    ] = None,
-) -> None:
-    """Merge models as a recipe says, and write the result."""
-    from evolve.engines import resolve_device
-    from merge_core.checkpoint.write import check_output, has_tokenizer
-    from merge_core.merge import save_merged
-    from merge_core.plan import Sources, donor, plan_merge
-    from merge_core.recipe import Recipe, load_yaml
-
-    data = load_yaml(recipe)
-    if isinstance(data, dict) and random_seed is not None:
-        data["random_seed"] = random_seed
-    parsed = Recipe.parse(data, strict)
-    device = resolve_device("cuda" if cuda else device)
-    shard_bytes = _bytes("--out-shard-size", out_shard_size)
-    check_output(out, overwrite)
-    for warning in parsed.check()[1]:
-        _say(f"warning: {warning}")
-    sources = Sources()
-    planned = plan_merge(parsed, sources)
-    folder = sources.architecture(donor(parsed)).checkpoint.folder
-    if not has_tokenizer(folder):
-        _say(f"warning: {folder} has no tokenizer files; the merged model will have none")
-    if check:
-        print(f"{len(planned)} tensors from {len(parsed.references())} models; the merge can begin")
-        return
-    save_merged(
-        parsed,
-        out,
-        sources=sources,
-        recipe_text=recipe.read_text(encoding="utf-8") if random_seed is None else None,
-        overwrite=overwrite,
-        shard_bytes=shard_bytes,
-        with_tokenizer=copy_tokenizer,
-        device=device,
-    )
-    print(f"wrote {out}")
-
-
-def _bytes(option: str, text: str) -> int:
-    """Read a size such as 5B, 500M or 1000000 (decimal units, B for 10^9 as in mergekit)."""
-    units = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
-    unit = units.get(text[-1:].upper())
-    try:
-        return int(float(text[:-1]) * unit) if unit else int(text)
-    except (ValueError, OverflowError):
-        raise RecipeError(
-            f"{option} is {text!r}; it must be a number of bytes such as 5B, 500M or 0"
-        ) from None
+app.command()(merge)
+app.command()(methods)
 
 
 @app.command("eval")

@@ -28,6 +28,10 @@ class SearchStoppedError(MergeError):
     """Too many candidates failed, so the search was stopped."""
 
 
+class PushError(MergeError):
+    """A merged model could not be uploaded; it is kept where it was written."""
+
+
 class PausedError(BaseException):
     """SIGINT or SIGTERM asked for a pause; no failure of a candidate, so nothing may catch it."""
 

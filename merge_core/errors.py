@@ -42,6 +42,10 @@ class OutputError(MergeError):
     """The output folder cannot be written as asked."""
 
 
+class ResourceError(MergeError):
+    """The machine has not enough disk or memory."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Say which known name `word` is probably meant to be, or list them all."""
     names = sorted(known)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from merge_core.card import model_card
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 # Finished tensors that may wait for the consumer, so that a large one does not stop the others.
-_AHEAD_BYTES = 128 << 20
+AHEAD_BYTES = 128 << 20
 # Entries to be read, over all candidates, from which a compiled loop pays for its compiler.
 _COMPILED_ENTRIES = 1 << 26
 # How many candidates a search has at least.
@@ -52,6 +53,7 @@ def merged_tensors(
     names: Collection[str] | None = None,
     device: str | torch.device = "cpu",
     compiles: bool | None = None,
+    **plan_options: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge, one tensor at a time.
 
@@ -62,6 +64,7 @@ def merged_tensors(
         device: where the arithmetic runs and the tensors end up.
         compiles: whether to use compiled loops, which give the same bits, where there is a C
             compiler; by default where the merge is large enough to pay for it.
+        plan_options: of `plan_merge`.
 
     Yields:
         (name, tensor) in the order of the model: embeddings, layers, head. Each tensor has the
@@ -73,7 +76,7 @@ def merged_tensors(
         RecipeError: a value is missing for a tensor.
     """
     sources = sources or Sources()
-    plan = plan_merge(recipe, sources)
+    plan = plan_merge(recipe, sources, **plan_options)
     wanted = [planned for planned in plan if names is None or planned.name in names]
     return _stream(recipe, sources, wanted, torch.device(device), compiles)
 
@@ -102,7 +105,7 @@ def _in_parallel(wanted: list[Planned], merger: _Merger, n_threads: int) -> Iter
         n_bytes = 0
         try:
             while True:
-                while waiting and (len(ahead) <= n_threads or n_bytes < _AHEAD_BYTES):
+                while waiting and (len(ahead) <= n_threads or n_bytes < AHEAD_BYTES):
                     planned = waiting.popleft()
                     merger.prefetch(planned)
                     ahead.append((planned, pool.submit(merger.merge, planned)))
@@ -126,7 +129,7 @@ class _Merger:
 
     def prefetch(self, planned: Planned) -> None:
         """Start to bring the inputs from disk, or to the device."""
-        for entry in _inputs(planned):
+        for entry in planned.all_inputs:
             self._sources.residence.prefetch(*self._stored(entry), self._device)
 
     def _stored(self, entry: Input) -> tuple[Checkpoint, str, torch.dtype]:
@@ -168,7 +171,7 @@ class _Merger:
 
     def _copied(self, planned: Planned) -> Tensor:
         """Return an integer or boolean buffer, which must be the same in every model."""
-        checkpoints = [(self._stored(entry)[0], entry.name) for entry in _inputs(planned)]
+        checkpoints = [(self._stored(entry)[0], entry.name) for entry in planned.all_inputs]
         first, *others = (checkpoint.read(name) for checkpoint, name in checkpoints)
         if not all(torch.equal(first, other) for other in others):
             raise CheckpointError(
@@ -176,10 +179,6 @@ class _Merger:
                 f"merge models that share it"
             )
         return first.to(self._device)
-
-
-def _inputs(planned: Planned) -> list[Input]:
-    return [*([planned.base] if planned.base else []), *planned.inputs]
 
 
 def save_merged(
@@ -191,7 +190,10 @@ def save_merged(
     overwrite: bool = False,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     with_tokenizer: bool = True,
+    with_card: bool = True,
     device: str | torch.device = "cpu",
+    on_tensor: Callable[[str, int], None] | None = None,
+    **plan_options: Any,
 ) -> None:
     """Write the merged model as a folder that Transformers loads; it appears only when complete.
 
@@ -201,21 +203,37 @@ def save_merged(
         recipe_text: what to keep as mergekit_config.yml; default the recipe itself.
         shard_bytes: largest size of one weights file; <= 0 for a single one.
         with_tokenizer: copy the donor's tokenizer and templates.
+        with_card: write README.md.
+        on_tensor: called with name and bytes of each tensor as it goes to the writer.
+        plan_options: of `plan_merge`.
 
     Raises:
         OutputError, CheckpointError, RecipeError, HubUnreachableError.
     """
     sources = sources or Sources()
-    plan = plan_merge(recipe, sources)
+    text = recipe_text or recipe.to_yaml()
+    plan = plan_merge(recipe, sources, **plan_options)
     layout = [(planned.name, planned.dtype, planned.shape) for planned in plan]
     stream = _stream(recipe, sources, list(plan), torch.device(device), None)
     with complete_folder(Path(folder), overwrite) as part:
-        write_shards(layout, stream, part, shard_bytes)
+        write_shards(layout, _told(stream, on_tensor), part, shard_bytes)
         config = merged_config(recipe, sources)
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (part / "mergekit_config.yml").write_text(recipe_text or recipe.to_yaml())
+        (part / "mergekit_config.yml").write_text(text, encoding="utf-8")
+        if with_card:
+            card = model_card(recipe, sources, plan, Path(folder).resolve().name, text)
+            (part / "README.md").write_text(card, encoding="utf-8")
         if with_tokenizer:
             copy_tokenizer(sources.architecture(donor(recipe)).checkpoint.folder, part)
+
+
+def _told(
+    stream: Iterator[tuple[str, Tensor]], on_tensor: Callable[[str, int], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        yield name, tensor.cpu()
+        if on_tensor:
+            on_tensor(name, tensor.numel() * tensor.element_size())
 
 
 def load_merged(

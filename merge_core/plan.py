@@ -81,6 +81,11 @@ class Planned:
     is_floating: bool = True
 
     @property
+    def all_inputs(self) -> tuple[Input, ...]:
+        """The base's part, if there is one, and the others."""
+        return self.inputs if self.base is None else (self.base, *self.inputs)
+
+    @property
     def n_bytes(self) -> int:
         """Size of the result."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]

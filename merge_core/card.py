@@ -1,0 +1,173 @@
+"""The model card: README.md of a merged model, which the Hub and its readers understand.
+
+The front matter names models by Hub id only: a local folder means nothing to others.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from merge_core.methods import METHODS
+from merge_core.plan import Planned, Sources, donor
+from merge_core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_VERSIONS = ("evolve-merge", "torch", "safetensors")
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+# How many tensors that were left out are named; the rest is counted.
+_SHOWN = 4
+
+
+def model_card(
+    recipe: Recipe, sources: Sources, plan: Sequence[Planned], title: str, recipe_text: str
+) -> str:
+    """Write the card of a merged model.
+
+    Args:
+        recipe: what was merged.
+        sources: its models, open.
+        plan: the recipe's output tensors.
+        title: what to call the model.
+        recipe_text: the recipe as it was given.
+
+    Returns:
+        Markdown with a YAML front matter.
+    """
+    references = recipe.references()
+    stated = {reference: _license(reference, sources) for reference in references}
+    ids = dict.fromkeys(name for reference in references for name in hub_ids(reference))
+    front = {
+        **({"base_model": list(ids)} if ids else {}),
+        "library_name": "transformers",
+        "tags": ["mergekit", "merge"],
+        **_merged_license(stated),
+    }
+    methods = [METHODS[name] for name in dict.fromkeys(planned.method for planned in plan)]
+    names = ", ".join(f"[{m.name}]({m.source})" if m.source else m.name for m in methods)
+    base = f" with {_linked(recipe.base_model)} as base" if recipe.base_model else ""
+    fence = "```" if "```" not in recipe_text else "~~~~~~"
+    sections = [
+        f"# {title}",
+        f"A merge of {len(references)} pre-trained language models, made with evolve.",
+        f"## Method\n\n{names}{base}.",
+        "## Models\n\n" + "\n".join(f"* {_linked(reference)}" for reference in references),
+        f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}",
+        "## Licence\n\n" + _license_text(stated),
+        "## What was left out\n\n" + "\n".join(f"* {line}" for line in _left_out(recipe, sources, plan)),
+        f"## Versions\n\n{_versions()}",
+    ]
+    header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def hub_ids(reference: str) -> list[str]:
+    """List the Hub repositories that a reference (`model[@revision][+adapter]`) names, if any."""
+    if Path(reference).expanduser().is_dir():
+        return []
+    parts = [part for part in reference.split("+") if not Path(part).expanduser().is_dir()]
+    return [part.partition("@")[0] for part in parts]
+
+
+def _linked(reference: str) -> str:
+    ids = hub_ids(reference)
+    return f"[{reference}](https://huggingface.co/{ids[0]})" if ids else f"`{reference}`"
+
+
+def _license(reference: str, sources: Sources) -> dict[str, str]:
+    """Read what a model's own card says of its licence: the license keys that it has."""
+    front = _front_matter(sources.architecture(reference).checkpoint.folder, reference)
+    found = {key: front[key] for key in _LICENSE_KEYS if front.get(key)}
+    if isinstance(found.get("license"), list):
+        found["license"] = ", ".join(map(str, found["license"]))
+    return {key: str(value) for key, value in found.items()} if "license" in found else {}
+
+
+def _front_matter(folder: Path, reference: str) -> Mapping[str, Any]:
+    path: Path | None = folder / "README.md"
+    if not (folder / "README.md").is_file():
+        path = _downloaded_card(reference)
+    if path is None:
+        return {}
+    start, _, rest = path.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff").partition("\n")
+    head, end, _ = rest.partition("\n---")
+    if start.strip() != "---" or not end:
+        return {}
+    try:
+        front = yaml.safe_load(head)
+    except yaml.YAMLError:
+        return {}
+    return front if isinstance(front, dict) else {}
+
+
+def _downloaded_card(reference: str) -> Path | None:
+    """Fetch the card of a Hub model; a merge needs no card, so every failure means there is none."""
+    ids = hub_ids(reference)
+    if not ids:
+        return None
+    from huggingface_hub import hf_hub_download
+
+    revision = reference.partition("+")[0].partition("@")[2] or None
+    try:
+        return Path(hf_hub_download(ids[0], "README.md", revision=revision))
+    except Exception:
+        return None
+
+
+def _merged_license(stated: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
+    """Return the license keys of the merge: those all agree on, else `other`, or none at all."""
+    given = [found for found in stated.values() if found]
+    if not given:
+        return {}
+    return given[0] if all(found == given[0] for found in given) else {"license": "other"}
+
+
+def _license_text(stated: Mapping[str, Mapping[str, str]]) -> str:
+    names = {
+        reference: found.get("license_name", found["license"]) if found else "none stated"
+        for reference, found in stated.items()
+    }
+    if not any(stated.values()):
+        return "The models' cards state none."
+    if len(set(names.values())) == 1:
+        return f"All models state {next(iter(names.values()))}."
+    each = "; ".join(f"{_linked(reference)}: {name}" for reference, name in names.items())
+    return f"The models state different things, each of which holds for its part: {each}."
+
+
+def _left_out(recipe: Recipe, sources: Sources, plan: Sequence[Planned]) -> list[str]:
+    """Say what of the sources is not in the merge, one line each."""
+    used = {
+        (entry.model, entry.name)
+        for planned in plan
+        for entry in (*planned.inputs, *((planned.base,) if planned.base else ()))
+    }
+    lines = []
+    for reference in recipe.references():
+        tensors = sources.architecture(reference).checkpoint.tensors
+        unused = [name for name in tensors if (reference, name) not in used]
+        if unused:
+            more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
+            shown = ", ".join(f"`{name}`" for name in unused[:_SHOWN])
+            lines.append(f"{len(unused)} tensors of {_linked(reference)}: {shown}{more}")
+    lines += [f"ignored: {warning}" for warning in recipe.check()[1]]
+    if len(recipe.references()) > 1:
+        lines.append(f"config and tokenizer of every model but {_linked(donor(recipe))}")
+    return lines or ["nothing"]
+
+
+def _versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for name in _VERSIONS:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:  # run from a folder that was not installed
+            continue
+    return ", ".join(found) + "."

@@ -1,0 +1,101 @@
+"""What this machine has: private and free memory, and how fast the disk below a folder is."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from merge_core.errors import OutputError
+
+_PROBE_BYTES = 1 << 25
+_PROBE_S = 0.35
+
+
+def nearest_folder(folder: Path) -> Path:
+    """Return the nearest folder above that exists; OUT is made there."""
+    place = folder.absolute().parent
+    return next((at for at in (place, *place.parents) if at.is_dir()), Path("/"))
+
+
+def disk_seconds(place: Path, n_bytes: int) -> float:
+    """Seconds that the disk needs for what the page cache will not hold back.
+
+    Linux lets a program write into memory until half of `dirty_ratio` and `dirty_background_ratio`
+    together is full, then at the disk's own pace (Documentation/admin-guide/sysctl/vm.rst).
+    """
+    held = 0
+    try:
+        ratios = [
+            int(Path(f"/proc/sys/vm/dirty_{kind}").read_text()) for kind in ("ratio", "background_ratio")
+        ]
+        held = int((memory_left() or 0) * sum(ratios) / 200)
+    except (OSError, ValueError):
+        pass
+    if n_bytes <= held:
+        return 0.0
+    data = os.urandom(_PROBE_BYTES)
+    with nameless_file(place) as file:
+        began, written = time.perf_counter(), 0
+        while time.perf_counter() - began < _PROBE_S:
+            written += file.write(data)
+            os.fsync(file.fileno())
+        return (n_bytes - held) / written * (time.perf_counter() - began)
+
+
+def nameless_file(place: Path) -> IO[bytes]:
+    """Open a file that no listing shows and that is gone when it is closed.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    try:
+        return tempfile.TemporaryFile(dir=place, buffering=0)
+    except OSError as error:
+        raise OutputError(
+            f"OUT: nothing can be written in {place} ({error.strerror}); name another folder"
+        ) from None
+
+
+def _field(path: Path, key: str, scale: int = 1) -> int | None:
+    """Read `key: number` from a file of the kernel; None where there is none."""
+    try:
+        found = re.search(rf"^{key}:?\s+(\d+)", path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * scale if found else None
+
+
+def private_bytes() -> int:
+    """Memory of this process that is its own: mapped files do not count; 0 where nobody says."""
+    return _field(Path("/proc/self/status"), "RssAnon", 1024) or 0
+
+
+def memory_left() -> int | None:
+    """Memory that may still be had: the system's, or what a control group leaves of it."""
+    available = _field(Path("/proc/meminfo"), "MemAvailable", 1024)
+    for group in _control_groups():
+        try:
+            limit = int((group / "memory.max").read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        left = limit - (_field(group / "memory.stat", "anon") or 0)
+        available = left if available is None else min(available, left)
+    return available
+
+
+def _control_groups() -> Iterator[Path]:
+    """The control groups (version 2) that this process is in, its own first."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        if line.startswith("0::/"):
+            group = root / line[4:]
+            yield from (at for at in (group, *group.parents) if at.is_relative_to(root))
