@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from merge_core.methods.entrywise import Operands, Values, evaluated
-from merge_core.methods.job import Source, TensorJob, chunks, row_sums, rows_in_chunks
+from merge_core.methods.job import Source, TensorJob, row_sums, rows_in_chunks
 
 _T = TypeVar("_T")
 # A table of ranks lists at most so many magnitudes, chosen from a sample of so many entries.
@@ -156,7 +156,7 @@ def row_ranks(job: TensorJob, source: Source) -> Tensor:
 
     Returns:
         Twice the rank from 0 upwards, so that entries of equal magnitude can share their mean;
-        uint16 or int32, shape (n,), on the CPU.
+        uint16 or int32, shape (n,).
     """
 
     def ranks() -> Tensor:
@@ -170,7 +170,7 @@ def row_ranks(job: TensorJob, source: Source) -> Tensor:
             rows = delta.abs_().cpu().numpy()
             _twice_the_ranks(rows, twice[start : start + rows.size].reshape(rows.shape))
             start += rows.size
-        return torch.from_numpy(twice)
+        return torch.from_numpy(twice).to(job.like.device)
 
     return job.statistics.array(job, "row_ranks", [source], ranks)
 
@@ -205,7 +205,7 @@ def as_it_is(job: TensorJob, source: Source) -> Tensor:
 
     def has_nan() -> bool:
         flat = source.tensor.reshape(-1)
-        sums = (flat[start:stop].sum(dtype=job.work_dtype) for start, stop in chunks(flat.numel()))
+        sums = (flat[start:stop].sum(dtype=job.work_dtype) for start, stop in job.chunks())
         # A sum of chunks sees a NaN at the speed of memory; infinite entries may make one, too.
         return math.isnan(sum(map(float, sums))) and bool(flat.isnan().any())
 
@@ -237,7 +237,7 @@ def gram(job: TensorJob, vectors: Sequence[Source]) -> np.ndarray:
         }
         base = job.base.tensor.reshape(-1) if job.base else None
         flat = [source.tensor.reshape(-1) for source in vectors]
-        for start, stop in chunks(flat[0].numel()):
+        for start, stop in job.chunks():
             parts = [x[start:stop].to(job.work_dtype) for x in flat]
             if base is not None:
                 b = base[start:stop].to(job.work_dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from merge_core.methods.compiled import Loop, Traced, is_compilable, loop_for
-from merge_core.methods.job import TensorJob, chunks
+from merge_core.methods.job import TensorJob
 from merge_core.randomness import high_word
 
 
@@ -113,7 +113,7 @@ def entries(
     else:
         has_nan = False
         flat = out.view(-1)
-        for start, stop in chunks(flat.numel()):
+        for start, stop in job.chunks():
             result = formula(structure, operands(job, sources, values, start, stop))
             flat[start:stop] = result
             # One sum sees a NaN at the speed of memory; what else makes one is looked at closer.
@@ -134,7 +134,7 @@ def total(
         return loop.run(_base(job), sources, values.numbers, values.integers, values.arrays, None)
     return sum(
         int(formula(structure, operands(job, sources, values, start, stop)).to(torch.int64).sum())
-        for start, stop in chunks(job.like.numel())
+        for start, stop in job.chunks()
     )
 
 
@@ -147,7 +147,7 @@ def evaluated(
         CheckpointError: a result is not a number.
     """
     loop = _loop(job, formula, structure, sources, values, torch.float32)
-    for start, stop in chunks(job.like.numel()):
+    for start, stop in job.chunks():
         if loop is not None:
             xs = [tensor.reshape(-1)[start:stop] for tensor in sources]
             base = job.base.tensor.reshape(-1)[start:stop] if job.base else None

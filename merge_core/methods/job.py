@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Big enough that a torch call's own cost vanishes, small enough that temporaries stay in cache.
 CHUNK = 1 << 18
+# On an accelerator a chunk must keep thousands of cores busy, and its memory is large.
+_DEVICE_CHUNK = 1 << 25
 # Sums are taken over rows of this length, so that no thread count changes their order.
 _ROW = 1 << 12
 
@@ -73,6 +75,13 @@ class TensorJob:
         tensors = [source.tensor for source in self.sources] + ([self.base.tensor] if self.base else [])
         return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Cut the flattened tensor into pieces [start, stop) of at most a chunk."""
+        length = CHUNK if self.like.device.type == "cpu" else _DEVICE_CHUNK
+        n = self.like.numel()
+        for start in range(0, n, length):
+            yield start, min(start + length, n)
+
     def without_base(self, sources: list[Source]) -> TensorJob:
         """Return this job with other sources and no base."""
         return replace(self, base=None, sources=sources)
@@ -90,12 +99,6 @@ class TensorJob:
             f"tensor {self.name}: the sources have infinite entries whose merge is not a number "
             f"(NaN); use models with finite weights"
         )
-
-
-def chunks(n: int) -> Iterator[tuple[int, int]]:
-    """Cut range(n) into [start, stop) pieces of at most CHUNK entries."""
-    for start in range(0, n, CHUNK):
-        yield start, min(start + CHUNK, n)
 
 
 def rows_in_chunks(tensor: Tensor) -> Iterator[Tensor]:
