@@ -129,7 +129,7 @@ class SearchFile:
             for key in self.template
             if key not in known
         ]
-        if "merge_method" not in data:
+        if not {"merge_method", "slices", "modules"} & set(data):  # slices may have their own
             faults.append("merge_method is missing; it is required, add it")
         try:
             settings = _Settings.model_validate({k: data[k] for k in SECTIONS if k in data})
