@@ -52,18 +52,23 @@ def sce(job: TensorJob) -> Tensor:
 
 
 def _variance(structure: Any, o: Operands) -> Any:
-    """A formula: population variance of the deltas over the models."""
-    deltas = [x - o.base for x in o.xs]
-    share = 1.0 / len(deltas)
-    mean = deltas[0] * share
-    for delta in deltas[1:]:
-        mean += delta * share
+    """A formula: population variance of the deltas over the models.
+
+    Taken of the differences from the first model, so that where all agree it is exactly zero: such
+    entries do not count as varying.
+    """
+    share = 1.0 / len(o.xs)
+    first = o.xs[0]
+    differences = [x - first for x in o.xs]
+    mean = differences[0] * share
+    for difference in differences[1:]:
+        mean += difference * share
     variance = None
-    for delta in deltas:
-        delta -= mean
-        delta *= delta
-        delta *= share
-        variance = delta if variance is None else variance.add_(delta)
+    for difference in differences:
+        difference -= mean
+        difference *= difference
+        difference *= share
+        variance = difference if variance is None else variance.add_(difference)
     return variance
 
 

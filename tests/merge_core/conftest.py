@@ -1,8 +1,10 @@
-"""Builders for tests of single tensors: a method, its tensors and its parameters."""
+"""Builders for tests of single tensors, models of many families, and mergekit as the oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from merge_core.methods import METHODS
 from merge_core.methods.job import Source, TensorJob
 from merge_core.randomness import MaskKey
 from merge_core.statistics import StatisticsCache
+
+from .families import Stored, build_family
 
 
 def build_job(
@@ -72,3 +76,41 @@ def n_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+# ---- whole models -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Stored]:
+    """Build a family in a dtype, once; arguments: its name in `families.FAMILIES`, the dtype."""
+
+    @cache
+    def build(name: str, dtype: str) -> Stored:
+        return build_family(tmp_path_factory.mktemp("family"), name, getattr(torch, dtype))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Tensor]]:
+    """Merge a config with mergekit, in process; skips where it is not installed."""
+    pytest.importorskip("mergekit", reason="mergekit is the oracle")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    # It reads each model's config several times a merge, which takes longer than the merge.
+    read = cache(AutoConfig.from_pretrained)
+
+    def merge(config: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+        out = tmp_path_factory.mktemp("mergekit")
+        quiet = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: deepcopy(read(*a, **k)))
+            run_merge(MergeConfiguration.model_validate(config), str(out), quiet)
+        return load_file(out / "model.safetensors")
+
+    return merge
