@@ -33,13 +33,22 @@ from merge_core.recipe import Recipe
 # The largest tensors have 10368 entries: three chunks of 4096, rows and columns that do not fit them.
 SIZES = {"vocab_size": 211, "intermediate_size": 216, "num_hidden_layers": 2}
 WEIGHT = {"weight": [{"filter": "mlp", "value": [0.3, 0.9]}, {"value": 0.7}]}
+TRIM = {**WEIGHT, "density": 0.37}
+CRUMBS = {**WEIGHT, "density": 0.5, "gamma": 0.07}
+DELLA = {**WEIGHT, "density": 0.5, "epsilon": 0.2}
 OWN: dict[str, dict[str, Any]] = {
     "linear": WEIGHT,
+    "nuslerp": WEIGHT,
+    "multislerp": WEIGHT,
     "passthrough": {"scale": 0.7},
-    **dict.fromkeys(("task_arithmetic", "nuslerp", "multislerp"), WEIGHT),
-    **dict.fromkeys(("ties", "dare_linear", "dare_ties"), {**WEIGHT, "density": 0.37}),
-    **dict.fromkeys(("breadcrumbs", "breadcrumbs_ties"), {**WEIGHT, "density": 0.5, "gamma": 0.07}),
-    **dict.fromkeys(("della", "della_linear"), {**WEIGHT, "density": 0.5, "epsilon": 0.2}),
+    "task_arithmetic": WEIGHT,
+    "ties": TRIM,
+    "dare_linear": TRIM,
+    "dare_ties": TRIM,
+    "breadcrumbs": CRUMBS,
+    "breadcrumbs_ties": CRUMBS,
+    "della": DELLA,
+    "della_linear": DELLA,
 }
 # Every method's shared parameters, and other ones where they choose another computation.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +61,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nuslerp by columns": ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
     "model_stock by rows": ("model_stock", {"filter_wise": True}),
 }
+# Merges whose inputs are, in this order, the base and the inputs of another one that has a base.
+WITHOUT_BASE = {"multislerp without base": "nuslerp", "karcher without base": "model_stock"}
 DTYPES = ("float32", "bfloat16")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -59,18 +70,20 @@ Digests = dict[str, str]
 
 
 def recipe_of(variant: str, dtype: str, folder: Path | str, seed: int = 5) -> Recipe:
-    """Merge the models `base`, `x` and `y` of a folder."""
-    name, shared = VARIANTS[variant]
+    """Merge the models `base`, `x` and `y` of a folder; the first may be one like the others."""
+    name, shared = VARIANTS.get(variant) or (variant.split()[0], {})
     method = METHODS[name]
-    others = ["x", "y"][: int(min(2, method.n_models[1]))]
+    has_base = method.base != "ignored" and variant not in WITHOUT_BASE
+    models = ["base", "x", "y"] if variant in WITHOUT_BASE else ["x", "y"]
+    models = models[: int(min(3, method.n_models[1]))]
     config: dict[str, Any] = {
         "merge_method": name,
-        "models": [{"model": f"{folder}/{other}", "parameters": OWN.get(name, {})} for other in others],
+        "models": [{"model": f"{folder}/{other}", "parameters": OWN.get(name, {})} for other in models],
         "parameters": shared,
         "random_seed": seed,
         "dtype": dtype,
     }
-    if method.base != "ignored":
+    if has_base:
         config["base_model"] = f"{folder}/base"
     return Recipe.parse(config)
 
@@ -133,13 +146,12 @@ def test_the_number_of_threads_changes_no_byte(models, n_threads, variant):
 
 @every_variant
 @every_dtype
-@pytest.mark.parametrize("length", [4096, 1 << 24])
-def test_the_length_of_a_chunk_changes_no_byte(models, monkeypatch, variant, dtype, length):
+def test_the_length_of_a_chunk_changes_no_byte(models, monkeypatch, variant, dtype):
     whole = expected(variant, dtype, models)
     for module in pkgutil.iter_modules(merge_core.methods.__path__, "merge_core.methods."):
         if hasattr(importlib.import_module(module.name), "CHUNK"):
-            monkeypatch.setattr(f"{module.name}.CHUNK", length)
-    assert length == job.CHUNK
+            monkeypatch.setattr(f"{module.name}.CHUNK", 4096)
+    assert job.CHUNK == 4096
     assert digests(merged_tensors(recipe_of(variant, dtype, models), compiles=False)) == whole
 
 
@@ -151,9 +163,7 @@ def test_a_compiled_loop_changes_no_byte(models, variant):
 
 
 @every_variant
-@settings(
-    max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
-)
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_tensors_in_any_order_are_those_of_the_whole(models, variant, data):
     whole = expected(variant, "float32", models)
@@ -183,6 +193,15 @@ def test_what_was_merged_before_from_the_same_sources_changes_no_byte(models, us
     for dtype in DTYPES:
         found = digests(merged_tensors(recipe_of(variant, dtype, models), used_sources))
         assert found == expected(variant, dtype, models)
+
+
+@pytest.mark.xfail(reason="scalar products of tensors and of deltas are kept under one name", strict=True)
+@pytest.mark.parametrize("variant", WITHOUT_BASE)
+def test_a_base_and_one_more_input_are_not_mistaken_for_each_other(models, variant):
+    sources = Sources()
+    for other in (WITHOUT_BASE[variant], variant):
+        whole = expected(other, "float32", models)
+        assert digests(merged_tensors(recipe_of(other, "float32", models), sources)) == whole
 
 
 def test_the_seed_changes_what_random_methods_drop_and_nothing_else(models):
