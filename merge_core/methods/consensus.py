@@ -42,7 +42,7 @@ def sce(job: TensorJob) -> Tensor:
         words = job.base.key.words()
         kind, values = "largest", Values((rank.magnitude,), (*words, last))
     energies = job.statistics.once(
-        job, ("energy", topk), job.sources, lambda: _energies(job, kind, values)
+        job, ("energy", kind, values), job.sources, lambda: _energies(job, kind, values)
     )
     whole = sum(energies)
     n_models = len(tensors)
