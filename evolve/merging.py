@@ -129,6 +129,7 @@ def merge(
 
     from evolve.engines import resolve_device
     from merge_core.estimate import estimate
+    from merge_core.machine import give_back_freed_memory
     from merge_core.merge import save_merged
     from merge_core.plan import Sources, donor, plan_merge
 
@@ -142,6 +143,7 @@ def merge(
         torch.set_num_threads(num_threads)
     for flag in (flag for flag, is_given in given.items() if is_given and not quiet):
         say(f"notice: {flag} has nothing to do: {_NOTHING_TO_DO[flag]}")
+    give_back_freed_memory()
     sources = Sources()
     plan = plan_merge(parsed, sources, **plan_options)
     for warning in (*parsed.check()[1], *plan.warnings):

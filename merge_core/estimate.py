@@ -25,7 +25,7 @@ from merge_core.checkpoint.safetensors_file import ITEM_BYTES
 from merge_core.checkpoint.write import DEFAULT_SHARD_BYTES, TEMPLATE_FILES, TOKENIZER_FILES
 from merge_core.errors import ResourceError
 from merge_core.machine import disk_seconds, memory_left, nameless_file, nearest_folder, private_bytes
-from merge_core.merge import AHEAD_BYTES, merged_tensors
+from merge_core.merge import AHEAD_BYTES, merged_tensors, pays_to_compile
 from merge_core.plan import Planned, Sources, donor, merged_config, plan_merge
 from merge_core.recipe import Recipe
 
@@ -189,14 +189,14 @@ def _other_bytes(
 
 
 def _in_flight(sizes: Sequence[int], n_threads: int) -> int:
-    """Most bytes of output tensors alive at once: those that wait, and one for each thread."""
+    """Most bytes of output tensors alive at once: those merged ahead, and the one being written."""
     peak = 0
     for first in range(len(sizes)):
-        waiting = n = 0
-        while first + n < len(sizes) and (n <= n_threads or waiting < AHEAD_BYTES):
-            waiting += sizes[first + n]
+        ahead = n = 0
+        while first + n < len(sizes) and (n <= n_threads or ahead < AHEAD_BYTES):
+            ahead += sizes[first + n]
             n += 1
-        peak = max(peak, waiting + sum(sizes[first + n : first + n + n_threads]))
+        peak = max(peak, ahead + (sizes[first - 1] if first else 0))
     return peak
 
 
@@ -262,10 +262,11 @@ def _merge_seconds(
     """Merge growing samples and foretell the seconds of merging and writing all tensors."""
     # Enough of them that filling and draining the threads does not count.
     names = _sample_names(plan, max(16, 8 * n_threads))
+    compiles = pays_to_compile(plan, sources)
 
     def run(n_entries: int) -> tuple[float, int]:
         part = _SampleSources(sources, n_entries)
-        stream = merged_tensors(recipe, part, names, device, **plan_options)
+        stream = merged_tensors(recipe, part, names, device, compiles, **plan_options)
         began, merged = time.perf_counter(), 0
         for _, tensor in stream:
             flat = tensor.cpu().contiguous().view(-1)

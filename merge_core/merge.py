@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,12 +81,17 @@ def merged_tensors(
     return _stream(recipe, sources, wanted, torch.device(device), compiles)
 
 
+def pays_to_compile(wanted: Iterable[Planned], sources: Sources) -> bool:
+    """Tell whether a merge is large enough for compiled loops to make up for the compiler's time."""
+    n_read = sum(math.prod(planned.shape) * len(planned.all_inputs) for planned in wanted)
+    return n_read * (_CANDIDATES if sources.keeps else 1) >= _COMPILED_ENTRIES
+
+
 def _stream(
     recipe: Recipe, sources: Sources, wanted: list[Planned], device: torch.device, compiles: bool | None
 ) -> Iterator[tuple[str, Tensor]]:
     if compiles is None:
-        n_read = sum(math.prod(planned.shape) * (len(planned.inputs) + 1) for planned in wanted)
-        compiles = n_read * (_CANDIDATES if sources.keeps else 1) >= _COMPILED_ENTRIES
+        compiles = pays_to_compile(wanted, sources)
     merger = _Merger(recipe, sources, device, compiles)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     return _in_parallel(wanted, merger, n_threads)

@@ -95,7 +95,7 @@ class Ranks:
     def __init__(self, magnitudes: Callable[[], Iterable[Tensor]], n: int) -> None:
         self._magnitudes = magnitudes
         step = n // _SAMPLE | 1  # odd, so as not to meet the same column in every row
-        marks = np.unique(np.concatenate([chunk[::step] for chunk in self._chunks()]))
+        marks = np.unique(np.concatenate([chunk[::step].copy() for chunk in self._chunks()]))
         if len(marks) > _MARKS:
             marks = marks[np.linspace(0, len(marks) - 1, _MARKS).astype(np.int64)]
         self._marks = marks
