@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -309,9 +310,10 @@ def is_compilable(tensor: Tensor) -> bool:
 @cache
 def _compiler() -> tuple[str, ...] | None:
     """Find a C compiler and the flags it takes; None where there is none that works."""
-    name = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    for native in _NATIVE if name else ():
-        command = (str(name), *_FLAGS, *native)
+    given = shlex.split(os.environ.get("CC", ""))
+    compiler = given or list(filter(shutil.which, ("cc", "gcc", "clang")))[:1]
+    for native in _NATIVE if compiler else ():
+        command = (*compiler, *_FLAGS, *native)
         try:
             _build(command, _PREAMBLE + "float f(_Float16 x) { return (float)x; }\n")
         except (OSError, subprocess.SubprocessError):
