@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Qwen3-MoE, fused": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 11,
                                             "num_experts": 5, "num_experts_per_tok": 2}, False),
 }  # fmt: skip
-# Size of each fine-tune's move; half of it is common to all.
+# Size of each fine-tune's move; the same share of it is common to all.
 MOVES = {"x": 0.02, "y": 0.01, "z": 0.004}
 
 
@@ -78,7 +78,7 @@ def build_family(folder: Path, name: str, dtype: torch.dtype) -> Stored:
     def noise(tensor: Tensor) -> Tensor:
         return torch.randn(tensor.shape, generator=generator)
 
-    common = {key: 0.5 * noise(tensor) for key, tensor in base.items()}
+    common = {key: noise(tensor) for key, tensor in base.items()}
     models = {"base": base}
     for short, move in MOVES.items():
         tuned: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ WEIGHTS = {
     "z": {"weight": [1.2, 0.2]},
 }
 # Directions that nearly cancel would show the rounding of mergekit's norms only.
-MILD = WEIGHTS | {"x": {"weight": by_part([0.1, 0.9, 0.3], -0.2, 0.7)}}
+MILD = WEIGHTS | {"x": {"weight": by_part([0.1, 0.9, 0.3], -0.1, 0.7)}}
 PAIR = {"x": {"weight": by_part([0.2, 1.7], -0.3, 0.7)}, "y": {"weight": by_part(0.9, 1.5, 0.6)}}
 FLAGS = by_part(True, False, [True, False])
 
@@ -157,6 +157,9 @@ CASES: dict[str, dict[str, Any]] = {
                     nuslerp_row_wise=by_part([True, False], True, True)),
     "nuslerp, base": case("nuslerp", PAIR, "base", nuslerp_flatten=by_part([False, True], False, True),
                           nuslerp_row_wise=by_part(True, [True, False], True)),
+    "nuslerp, near": case("nuslerp", {"base": {"weight": 0.3}, "y": {"weight": 1.0}},
+                          nuslerp_flatten=FLAGS, nuslerp_row_wise=by_part(False, [True, False], True)),
+    "multislerp, near": case("multislerp", {"base": {"weight": 0.3}, "y": {"weight": 1.0}}),
     "multislerp": case("multislerp", MILD, normalize_weights=FLAGS),
     "multislerp, base": case("multislerp", MILD, "base", normalize_weights=FLAGS),
     "karcher": case("karcher", ALONE),
@@ -174,6 +177,7 @@ CASES: dict[str, dict[str, Any]] = {
     "nearswap": case("nearswap", {"x": {}}, "base", t=[1e-3, 0.02]),
     "arcee_fusion": case("arcee_fusion", {"x": {}}, "base"),
     "sce": case("sce", ALONE, "base", select_topk=by_part(0.3, [0.9, 0.5], 1.0)),
+    "sce, one model": case("sce", {"y": {}}, "base", select_topk=by_part(1.0, 1.0, 0.5)),
     "ram": case("ram", ALONE, "base", epsilon=by_part(0.004, 1e-5, 0.01)),
     "ramplus_tl": case("ramplus_tl", ALONE, "base", r=0.3, alpha=by_part(0.2, 0.7, 5.0), epsilon=0.004),
 }  # fmt: skip

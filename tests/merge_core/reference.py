@@ -89,7 +89,8 @@ def defined(method: str, base: Model | None, models: list[Model], shared: dict[s
         value, is_open = fusion(b, xs[0])
     elif method == "sce":
         assert base is not None
-        value, is_open = sce(b, xs, shared["select_topk"], base.key)
+        value, is_open, slack = sce(b, xs, shared["select_topk"], base.key)
+        size = size + 2.0**20 * slack * (value - b).abs()
     elif method in ("ram", "ramplus_tl"):
         value, is_open = ram(b, xs, shared)
     else:
@@ -128,7 +129,9 @@ def multislerp(vectors: list[Tensor], weights: list[float], shared: dict[str, An
     norms = [v.norm() for v in vectors]
     units = [v / (n + eps) for v, n in zip(vectors, norms, strict=True)]
     mean = sum(w * u for w, u in zip(weights, units, strict=True))
-    assert mean.norm() >= eps
+    if mean.norm() < eps:
+        assert len(vectors) == 2
+        return sum(w * v for w, v in zip(weights, vectors, strict=True))
     mean = mean / mean.norm()
     tangent = sum(w * (u - (u @ mean) * mean) for w, u in zip(weights, units, strict=True))
     tau = tangent.norm() + eps
@@ -275,26 +278,29 @@ def task_vectors(
 # ---- consensus and fusion -----------------------------------------------------------------------
 
 
-def sce(base: Tensor, xs: list[Tensor], topk: float, key: MaskKey) -> tuple[Tensor, Tensor]:
+def sce(base: Tensor, xs: list[Tensor], topk: float, key: MaskKey) -> tuple[Tensor, Tensor, float]:
+    """Return the result, what is open, and by which share the open entries may change the weights."""
     deltas = torch.stack([x - base for x in xs])
     is_open = torch.zeros(base.shape, dtype=torch.bool)
+    slack = 0.0
     if topk < 1:
         variance = deltas.var(dim=0, correction=0)
         variance[(deltas == deltas[0]).all(dim=0)] = 0
         k = math.floor(topk * int(variance.count_nonzero()))
         if k == 0:
-            return base, is_open
+            return base, is_open, 0.0
         # What float32 makes of the variance is off by the deltas' rounding.
         near = 2.0**-20 * (deltas.abs().amax(dim=0) * variance.sqrt() + variance)
         kept, is_open = band(variance, base.numel() - k, k, key, near)
-        deltas = deltas * kept
+        whole_deltas, deltas = deltas, deltas * kept
+        slack = max(float((d**2)[is_open].sum() / (d**2).sum().clamp(min=1e-12)) for d in whole_deltas)
     energies = [float((d**2).mean()) for d in deltas]
     whole = sum(energies)
     weights = [e / whole if whole >= 1e-6 else 1 / len(xs) for e in energies]
     agrees, balanced = vote(list(deltas))
     mixed = sum(d * w * m for d, w, m in zip(deltas, weights, agrees, strict=True))
     divisor = sum(w * m.double() for w, m in zip(weights, agrees, strict=True)).clamp(min=1e-6)
-    return base + mixed / divisor, is_open | balanced
+    return base + mixed / divisor, is_open | balanced, 2 * slack
 
 
 def ram(base: Tensor, xs: list[Tensor], shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -314,16 +320,12 @@ def ram(base: Tensor, xs: list[Tensor], shared: dict[str, Any]) -> tuple[Tensor,
     return value, is_open
 
 
-def fusion(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def fusion(a: Tensor, b: Tensor, noise: float = 1e-3) -> tuple[Tensor, Tensor]:
     p, q = b.softmax(dim=-1) + 1e-8, a.softmax(dim=-1) + 1e-8
     importance = (b - a).abs() * (p * (p / q).log()).sum(dim=-1, keepdim=True)
     ordered = importance.view(-1).sort().values
     q1, median, q3 = (ordered[math.floor(q * (a.numel() - 1))] for q in (0.25, 0.5, 0.75))
     threshold = median + 1.5 * (q3 - q1)
-    # The three quantiles are rounded, too.
-    is_open = (importance - threshold).abs() <= FUSION_NOISE * threshold.abs()
+    # mergekit has a row's divergence, a sum of float32 terms of both signs, to few digits only.
+    is_open = ((importance - threshold).abs() <= noise * threshold.abs()) & (a != b)
     return a + (b - a) * (importance >= threshold), is_open
-
-
-# In float32 a row's divergence, a sum of terms of both signs, is good to few digits.
-FUSION_NOISE = 1e-3
