@@ -1,6 +1,6 @@
 """One command for anyone with a card: are merges on it right, and how long do they take?
 
-    python tests/gpu/smoke.py [TESTBED | BASE MODEL MODEL...] [--device cuda]
+    python tests/gpu/smoke.py [TESTBED | BASE MODEL MODEL...] [--device cuda] [--methods ties,della]
 
 THIS HAS NOT BEEN RUN ON A GPU YET; it was tried with `--device cpu` alone. Please report what it
 prints. Several methods are merged in bfloat16 on the device from sources that stay there
@@ -178,8 +178,8 @@ def compare(found: Sequence[tuple[str, Tensor]], recipe: Recipe, sources: Source
 
 
 @torch.no_grad()
-def smoke(models: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Run all methods; see the module's docstring."""
+def smoke(models: Sequence[str], device: torch.device, methods: Sequence[str]) -> dict[str, Any]:
+    """Run the methods; see the module's docstring."""
     on_cpu, kept = Sources(), KeptSources(models, device)
     like = recipe_of("ties", models, 0.5)
     folder = on_cpu.architecture(models[0]).checkpoint.folder
@@ -188,7 +188,7 @@ def smoke(models: Sequence[str], device: torch.device) -> dict[str, Any]:
     tokens = torch.randint(engine.config.vocab_size, BATCH, generator=generator).to(device)
     timed(device, lambda: engine(input_ids=tokens))  # libraries start up at the first call
     results: dict[str, Any] = {}
-    for method in METHODS:
+    for method in methods:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         result: dict[str, Any] = {}
@@ -230,7 +230,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="a testbed folder, or a base and two models or more")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try this program")
+    parser.add_argument("--methods", default=",".join(METHODS), help="names with commas; default: all")
     arguments = parser.parse_args()
+    methods = arguments.methods.split(",")
+    if unknown := set(methods) - set(METHODS):
+        parser.error(f"no such method here: {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: torch finds no CUDA device here; --device cpu tries this program", file=sys.stderr)
@@ -241,7 +245,7 @@ def main() -> None:
     if len(models) == 2:
         parser.error("give a base and at least two models")
     with tempfile.TemporaryDirectory() as folder:
-        report = smoke(models or make_models(Path(folder)), device)
+        report = smoke(models or make_models(Path(folder)), device, methods)
     print(json.dumps(report, indent=2))
     raise SystemExit(0 if report["all_finite"] else 1)
 
