@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 from merge_core.merge import merged_tensors
 from merge_core.recipe import Recipe
@@ -101,14 +103,15 @@ def test_merges_are_distributed_as_mergekits(stored, theirs, monkeypatch, method
             ]
         )
 
-    seeds = range(1, 11)
+    seeds = range(12)
     ours = torch.stack(
         [summary(dict(merged_tensors(Recipe.parse({**config, "random_seed": s})))) for s in seeds]
     )
     oracle = torch.stack([summary(theirs(config, random_seed=s)) for s in seeds])
     spread = ((ours.var(dim=0) + oracle.var(dim=0)) / len(seeds)).sqrt()
     z = (ours.mean(dim=0) - oracle.mean(dim=0)) / spread
-    assert (z.abs() <= 3).all(), z
+    # Three standard errors, where these are themselves estimated from few merges.
+    assert (z.abs() <= student.isf(normal.sf(3), 2 * len(seeds) - 2)).all(), z
 
 
 @random_methods
