@@ -93,6 +93,7 @@ def _stream(
     if compiles is None:
         compiles = pays_to_compile(wanted, sources)
     merger = _Merger(recipe, sources, device, compiles)
+    merger.announce(wanted)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     return _in_parallel(wanted, merger, n_threads)
 
@@ -131,6 +132,11 @@ class _Merger:
     def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, compiles: bool) -> None:
         self._recipe, self._sources, self._device = recipe, sources, device
         self._compiles = compiles
+
+    def announce(self, wanted: Iterable[Planned]) -> None:
+        """Have it decided where the inputs live between candidates."""
+        stored = [self._stored(entry) for planned in wanted for entry in planned.all_inputs]
+        self._sources.residence.announce(stored, self._device)
 
     def prefetch(self, planned: Planned) -> None:
         """Start to bring the inputs from disk, or to the device."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from threading import Lock
@@ -67,23 +68,20 @@ class Residence:
         keep: bool = False,
         host_budget: int | None = None,
         device_budget: int | None = None,
-        device_reserve: int = 0,
     ) -> None:
         """Set the budgets, all in bytes.
 
         Args:
             keep: keep tensors between fetches.
             host_budget: for casts on the CPU, or pinned copies; default half of what is available.
-            device_budget: for tensors on the accelerator; default what is free on it when the
-                first one is asked for, less `device_reserve`.
-            device_reserve: what the engine and the computation need there.
+            device_budget: for tensors on the accelerator; default half of what is free on it when
+                the first one is asked for, after the engine has taken its part.
         """
         if host_budget is None:
             host_budget = available_host_bytes() // 2 if keep else 0
         self._keeps = keep
         self._host_left = host_budget
         self._device_budget = device_budget
-        self._device_reserve = device_reserve
         self._device_left: dict[torch.device, int] = {}
         self._places: dict[_Key, Place] = {}
         self._kept: dict[_Key, Tensor] = {}
@@ -98,6 +96,10 @@ class Residence:
         if self._keeps:
             with self._lock:
                 self._decide([(*source, device) for source in wanted], device)
+
+    def places(self) -> dict[Place, int]:
+        """Count the tensors that have been decided on, by where they live."""
+        return dict(Counter(self._places.values()))
 
     def fetch(
         self, checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device
@@ -187,7 +189,7 @@ class Residence:
         if self._device_budget is not None:
             return self._device_budget
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        return max(free - self._device_reserve, 0)
+        return int(free) // 2
 
 
 def _on_device(view: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,7 +68,8 @@ class StatisticsCache:
     @staticmethod
     def _key(job: TensorJob, what: Any, sources: Sequence[Source]) -> Any:
         read = [*([job.base] if job.base else []), *sources]
-        return (what, *((s.model, s.input_name, s.tensor.dtype, s.tensor.shape) for s in read))
+        tensors = ((s.model, s.input_name, s.tensor.dtype, s.tensor.shape) for s in read)
+        return (what, job.base is not None, job.work_dtype, *tensors)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Ranks:
             self._below += np.searchsorted(ordered, marks, "left")
             self._through += np.searchsorted(ordered, marks, "right")
         self._gaps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = Lock()
 
     def _chunks(self) -> Iterator[np.ndarray]:
         return (chunk.cpu().numpy() for chunk in self._magnitudes())
@@ -123,14 +126,17 @@ class Ranks:
 
     def _gap(self, at: int) -> np.ndarray:
         """Sort the entries that lie between two marks."""
-        if at not in self._gaps:
+        gap = self._gaps.get(at)
+        if gap is None:
             low = self._marks[at - 1] if at else np.float32(-np.inf)
             high = self._marks[at] if at < len(self._marks) else np.float32(np.inf)
             found = [chunk[(chunk > low) & (chunk < high)] for chunk in self._chunks()]
-            self._gaps[at] = np.sort(np.concatenate(found))
-            if len(self._gaps) > _GAPS:
-                self._gaps.popitem(last=False)
-        return self._gaps[at]
+            gap = np.sort(np.concatenate(found))
+            with self._lock:  # a layer that occurs twice is merged by two threads
+                self._gaps[at] = gap
+                if len(self._gaps) > _GAPS:
+                    self._gaps.popitem(last=False)
+        return gap
 
 
 def delta_ranks(job: TensorJob, source: Source) -> Ranks:

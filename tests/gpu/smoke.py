@@ -36,12 +36,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from torch import Tensor
 
-from merge_core.architecture import Architecture
-from merge_core.checkpoint.read import Checkpoint
 from merge_core.merge import merged_tensors
 from merge_core.plan import Sources, merged_config, plan_merge
 from merge_core.recipe import Recipe
-from merge_core.residence import Residence
 from merge_core.resident import build_model, fill
 
 T = TypeVar("T")
@@ -59,44 +56,6 @@ CANDIDATES = {"first": 0.7, "next": 0.4}
 DTYPE = "bfloat16"
 # A forward pass: texts, tokens each.
 BATCH = (8, 128)
-
-
-class KeptCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are read from a residence, cast and on the device."""
-
-    def __init__(self, reference: str, residence: Residence, device: torch.device) -> None:
-        super().__init__(reference)
-        self._files_alone = Checkpoint(reference)
-        self._residence, self._device = residence, device
-
-    def read(self, name: str) -> Tensor:
-        info = self.tensors[name]
-        dtype = getattr(torch, DTYPE if info.is_floating else info.dtype)
-        return self._residence.fetch(self._files_alone, name, dtype, self._device)
-
-    def announced(self) -> list[tuple[Checkpoint, str, torch.dtype]]:
-        """All floating tensors, as `Residence.announce` wants them."""
-        return [
-            (self._files_alone, name, getattr(torch, DTYPE))
-            for name, info in self.tensors.items()
-            if info.is_floating
-        ]
-
-
-class KeptSources(Sources):
-    """Sources that stay on a device, as far as they fit beside the work there."""
-
-    def __init__(self, references: Sequence[str], device: torch.device) -> None:
-        super().__init__()
-        # What else is there: the engine's model, the merged tensors before they are loaded, and
-        # chunks and activations.
-        one = sum(info.n_bytes for info in Checkpoint(references[0]).tensors.values())
-        residence = Residence(keep=True, device_reserve=3 * one + (1 << 30))
-        kept = {reference: KeptCheckpoint(reference, residence, device) for reference in references}
-        residence.announce((entry for c in kept.values() for entry in c.announced()), device)
-        self._architectures = {reference: Architecture(c) for reference, c in kept.items()}
-        places = list(residence._places.values())
-        self.places = {place: places.count(place) for place in ("device", "pinned", "mapped")}
 
 
 def make_models(folder: Path) -> list[str]:
@@ -180,7 +139,7 @@ def compare(found: Sequence[tuple[str, Tensor]], recipe: Recipe, sources: Source
 @torch.no_grad()
 def smoke(models: Sequence[str], device: torch.device, methods: Sequence[str]) -> dict[str, Any]:
     """Run the methods; see the module's docstring."""
-    on_cpu, kept = Sources(), KeptSources(models, device)
+    on_cpu, kept = Sources(), Sources(keep=True)
     like = recipe_of("ties", models, 0.5)
     folder = on_cpu.architecture(models[0]).checkpoint.folder
     engine = build_model(merged_config(like, on_cpu), folder, str(device))
@@ -218,7 +177,7 @@ def smoke(models: Sequence[str], device: torch.device, methods: Sequence[str]) -
         "cuda": torch.version.cuda,
         "models": list(models),
         "model_bytes": sum(planned.n_bytes for planned in plan_merge(like, on_cpu)),
-        "sources_kept": kept.places,
+        "sources_kept": kept.residence.places(),
         "all_equal": all(c["compared_with_cpu"]["equal"] for c in candidates),
         "all_finite": all(c["is_finite"] for c in candidates),
         "methods": results,

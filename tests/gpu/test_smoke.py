@@ -32,8 +32,7 @@ def test_on_the_cpu_every_method_is_merged_loaded_and_compared() -> None:
     assert report["all_finite"]
     assert set(report["methods"]) == {"linear", "slerp", "ties", "dare_ties", "della", "model_stock"}
     # float32 sources of a bfloat16 merge: every cast is kept
-    assert report["sources_kept"]["mapped"] == 0
-    assert report["sources_kept"]["pinned"] > 0
+    assert set(report["sources_kept"]) == {"pinned"}
     sums = []
     for result in report["methods"].values():
         for which in ("first", "next"):
