@@ -102,7 +102,7 @@ def run(
             device=device,
             trust_remote_code=trust_remote_code,
             allow_unsafe_code=allow_unsafe_code,
-            progress=progress,
+            progress=_unless_paused(progress),
         )
     finally:
         progress.close()
@@ -292,9 +292,24 @@ def _end(faults: list[str], status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+_signals: list[int] = []
+
+
+def _unless_paused(progress: Callable[..., None]) -> Callable[..., None]:
+    """Pause at the next event, too: Python drops what a signal raises inside a destructor."""
+
+    def told(*event: Any) -> None:
+        if _signals:
+            raise PausedError
+        progress(*event)
+
+    return told
+
+
 def _pause(signum: int, frame: Any) -> NoReturn:
     # A second signal stops at once.
     signal.signal(signum, signal.SIG_DFL)
+    _signals.append(signum)
     raise PausedError
 
 

@@ -49,6 +49,7 @@ class Checkpoint:
         self.reference = reference
         self.folder = locate(reference)
         self.tensors: dict[str, TensorInfo] = {}
+        self._views: dict[str, Tensor] = {}
         self._files: dict[str, SafetensorsFile | BinFile] = {}
         for file, expected in self._shards().items():
             self._files[file] = opened = self._open(self.folder / file)
@@ -136,11 +137,17 @@ class Checkpoint:
         return self._view(name).contiguous()
 
     def prefetch(self, name: str) -> None:
-        """Tell the system that a tensor's bytes will be wanted, so that the disk works meanwhile."""
-        _will_need(self._view(name))
+        """Tell the system that a tensor's bytes will be wanted, so that the disk works meanwhile.
+
+        What has been read before is in memory as long as there is room; it is not asked for again.
+        """
+        if name not in self._views:
+            _will_need(self._view(name))
 
     def _view(self, name: str) -> Tensor:
-        return self._files[self.tensors[name].file].view(name)
+        if name not in self._views:
+            self._views[name] = self._files[self.tensors[name].file].view(name)
+        return self._views[name]
 
     def fingerprint(self) -> str:
         """Hash of file names, sizes and headers: changes when another checkpoint lies there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -63,11 +64,10 @@ def _tree(pid: int) -> list[int]:
     """List a process and all its descendants."""
     found = [pid]
     for parent in found:
-        for path in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
+        # Any of them may end meanwhile.
+        with contextlib.suppress(OSError):
+            for path in Path(f"/proc/{parent}/task").glob("*/children"):
                 found += map(int, path.read_text().split())
-            except OSError:  # ended meanwhile
-                continue
     return found
 
 

@@ -151,7 +151,7 @@ def test_a_signal_pauses_with_130_and_nothing_is_lost(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "paused" in err
     states = [t.state for t in Study.open(tmp_path / "s").trials()]

@@ -12,7 +12,7 @@ choice open. Families that mergekit 0.1.5 refuses are compared with the definiti
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -48,6 +48,14 @@ NONE = Deviation(0.0, 0, 0)
 F32_EXACT = "float32 against the definition in float64: difference over the tensor's largest magnitude"
 F32_THEIRS = "float32 against mergekit 0.1.5: difference over the tensor's largest magnitude"
 BF16_EXACT = "bfloat16 against the definition in float64: error in units of the last place"
+
+
+# The table is whole with the slow tests; these families differ most from each other.
+FAST = ("Llama", "Gemma, tied", "GPT-2", "Qwen3-MoE, fused")
+
+
+def some_are_slow(names: Iterable[str]) -> list[Any]:
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +125,7 @@ CAST = "Llama, from float32"
 
 
 @pytest.mark.parametrize("name", [*CASES, *RANDOM_CASES])
-@pytest.mark.parametrize("family_name", FAMILIES)
+@pytest.mark.parametrize("family_name", some_are_slow(FAMILIES))
 def test_float32(request, stored, table, family_name, name):
     family = stored(family_name, "float32")
     config = {**resolved((CASES | RANDOM_CASES)[name], family.folders), "dtype": "float32"}
@@ -147,7 +155,7 @@ def test_float32(request, stored, table, family_name, name):
 
 # The random methods' cases of density 1 would repeat task_arithmetic's and ties' here.
 @pytest.mark.parametrize("name", [name for name in [*CASES, *RANDOM_CASES] if "whole" not in name])
-@pytest.mark.parametrize("family_name", [*FAMILIES, CAST])
+@pytest.mark.parametrize("family_name", some_are_slow([*FAMILIES, CAST]))
 def test_bfloat16(stored, table, family_name, name):
     family = stored("Llama", "float32") if family_name == CAST else stored(family_name, "bfloat16")
     config = {**resolved((CASES | RANDOM_CASES)[name], family.folders), "dtype": "bfloat16"}
