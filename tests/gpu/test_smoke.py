@@ -24,6 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_on_the_cpu_every_method_is_merged_loaded_and_compared() -> None:
     done = run("--device", "cpu")
     assert done.returncode == 0, done.stderr
