@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 HASH_VERSION = 1
 _RANGE = 1 << 31
@@ -93,23 +92,6 @@ def hash_words(k0: Any, k1: Any, low: Any, high: Any) -> Any:
     return x.bitwise_and_(0x7FFFFFFF)
 
 
-def hash31(key: MaskKey, index: Tensor) -> Tensor:
-    """Hash flat indices under a key, see `hash_words`.
-
-    Args:
-        key: which stream.
-        index: int64, shape (n,), flat indices >= 0, rising.
-
-    Returns:
-        int32, shape (n,), in [0, 2**31).
-    """
-    low = index.to(torch.int32) if index.dtype != torch.int32 else index.clone()
-    high: Tensor | int = 0
-    if index.numel() and int(index[-1]) >> 32:
-        high = (index >> 32).to(torch.int32) * high_word(1 << 32)
-    return cast(Tensor, hash_words(*key.words(), low, high))
-
-
 def last_kept(numerator: int, denominator: int) -> int:
     """Return the largest hash that counts as u < numerator / denominator; -1 for none."""
     return min(-(-numerator * _RANGE // denominator), _RANGE) - 1
@@ -119,23 +101,3 @@ def at_most(hashed: Any, last: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Tell where a hash is at most `last`: 1 there, else 0, in a floating dtype."""
     # The sign of last - hash, without a comparison; both lie in [-1, 2**31), so nothing wraps.
     return ((hashed * -1 + last) >> 31).to(dtype) + 1.0
-
-
-def keep_below(key: MaskKey, index: Tensor, numerator: int, denominator: int) -> Tensor:
-    """Tell where u < numerator / denominator, exactly, in integers.
-
-    Returns:
-        float32, shape (n,): 1 where the entry is kept, else 0 (torch multiplies by floats several
-        times faster than by booleans).
-    """
-    return cast(Tensor, at_most(hash31(key, index), last_kept(numerator, denominator)))
-
-
-def keep_mask(key: MaskKey, start: int, stop: int, probability: float, device: torch.device) -> Tensor:
-    """Draw the Bernoulli mask of entries start..stop-1 of a flattened tensor.
-
-    Returns:
-        float32, shape (stop - start,): 1 where the entry is kept, else 0.
-    """
-    index = torch.arange(start, stop, dtype=torch.int64, device=device)
-    return keep_below(key, index, *probability.as_integer_ratio())

@@ -54,7 +54,7 @@ _STORED = {
 }
 _COMPUTED = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t"}
 _WIDTH = {"int32_t": 0, "float": 1, "double": 2}
-_COMPARED = {torch.gt: ">", torch.ge: ">=", torch.lt: "<", torch.le: "<=", torch.eq: "=="}
+_COMPARED = {torch.gt: ">", torch.lt: "<", torch.eq: "=="}
 # Indices beyond this would not fit the 32-bit counter of one call.
 _CALL = 1 << 30
 
@@ -100,18 +100,11 @@ class Traced:
     def __add__(self, other: Any) -> Traced:
         return self._binary("+", other)
 
-    __radd__ = __add__
-
     def __sub__(self, other: Any) -> Traced:
         return self._binary("-", other)
 
-    def __rsub__(self, other: Any) -> Traced:
-        return self._binary("-", other, swapped=True)
-
     def __mul__(self, other: Any) -> Traced:
         return self._binary("*", other)
-
-    __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Traced:
         return self._binary("/", other)
@@ -140,7 +133,7 @@ class Traced:
     def __ixor__(self, other: Any) -> Traced:
         return self._into(self ^ other)
 
-    add_, sub_, mul_, div_ = __iadd__, __isub__, __imul__, __itruediv__
+    add_, mul_, div_ = __iadd__, __imul__, __itruediv__
 
     def bitwise_and_(self, other: Any) -> Traced:
         """As torch's."""
@@ -165,11 +158,6 @@ class Traced:
             bound = self._operand(low, self.c_type)
             text = f"({self.name} < {bound} ? {bound} : {text})"
         return Traced(self._lines, self.c_type, text)
-
-    def copysign_to_one(self) -> Traced:
-        """1 with this variable's sign."""
-        function = "__builtin_copysignf" if self.c_type == "float" else "__builtin_copysign"
-        return Traced(self._lines, self.c_type, f"{function}(({self.c_type})1, {self.name})")
 
     def to(self, dtype: torch.dtype) -> Traced:
         """As torch's, for the dtypes that are computed in."""

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_core.randomness import MaskKey, hash31, keep_below
+from merge_core.randomness import MaskKey
+
+from .masks import hash31, keep_below
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_core.randomness import HASH_VERSION, MaskKey, hash31, keep_below, keep_mask
+from merge_core.randomness import HASH_VERSION, MaskKey
+
+from .masks import hash31, keep_below, keep_mask
 
 KEY = MaskKey(0, "org/model", 0, "model.layers.0.mlp.up_proj.weight")
 CPU = torch.device("cpu")
