@@ -15,7 +15,7 @@ def hash31(key: MaskKey, index: Tensor) -> Tensor:
     high: Tensor | int = 0
     if index.numel() and int(index[-1]) >> 32:
         high = (index >> 32).to(torch.int32) * high_word(1 << 32)
-    return cast(Tensor, hash_words(*key.words(), index.to(torch.int32), high))
+    return cast(Tensor, hash_words(*key.words(), index.to(torch.int32, copy=True), high))
 
 
 def keep_below(key: MaskKey, index: Tensor, numerator: int, denominator: int) -> Tensor:

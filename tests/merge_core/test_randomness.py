@@ -129,13 +129,6 @@ def test_the_hash_is_the_plain_one_for_any_key_and_index(seed, model, start, n):
     assert hashes(key, indices) == [plain_hash31(key, i) for i in indices]
 
 
-def test_hashing_leaves_its_indices_as_they_were():
-    for dtype in (torch.int64, torch.int32):
-        index = torch.arange(10, dtype=dtype)
-        hash31(KEY, index)
-        assert index.tolist() == list(range(10))
-
-
 def test_hashes_lie_in_31_bits_and_fill_them_evenly():
     values = hash31(KEY, torch.arange(1 << 16))
     assert int(values.min()) >= 0
