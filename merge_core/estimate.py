@@ -275,7 +275,7 @@ def _merge_seconds(
         return time.perf_counter() - began, merged
 
     with nameless_file(place) as file:
-        run(1)  # loads what is loaded once
+        once_s, _ = run(1)  # also loads and compiles what the merge does once
         few_s, few = run(1)
         n_entries, seconds, merged = 1 << 17, 0.0, 0
         while seconds < SAMPLE_S / 2:
@@ -286,4 +286,5 @@ def _merge_seconds(
             n_entries = int(n_entries * min(8.0, max(2.0, SAMPLE_S / seconds)))
     per_tensor = few_s / len(names)
     per_entry = max(0.0, seconds - few_s) / max(1, merged - few)
-    return len(plan) * per_tensor + sum(math.prod(p.shape) for p in plan) * per_entry
+    entries = sum(math.prod(p.shape) for p in plan)
+    return max(0.0, once_s - few_s) + len(plan) * per_tensor + entries * per_entry
