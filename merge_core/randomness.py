@@ -14,8 +14,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 HASH_VERSION = 1
 _RANGE = 1 << 31
 
@@ -97,7 +95,7 @@ def last_kept(numerator: int, denominator: int) -> int:
     return min(-(-numerator * _RANGE // denominator), _RANGE) - 1
 
 
-def at_most(hashed: Any, last: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """Tell where a hash is at most `last`: 1 there, else 0, in a floating dtype."""
+def above(hashed: Any, last: Any) -> Any:
+    """Tell where a hash is above `last`, that is dropped: -1 there, else 0; int32, shape (n,)."""
     # The sign of last - hash, without a comparison; both lie in [-1, 2**31), so nothing wraps.
-    return ((hashed * -1 + last) >> 31).to(dtype) + 1.0
+    return (hashed * -1 + last) >> 31

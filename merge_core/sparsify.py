@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError
-from merge_core.methods.entrywise import Operands, Values, indicator, total
+from merge_core.methods.entrywise import Operands, Values, bits, indicator, kept, negative, total
 from merge_core.methods.job import Source, TensorJob
-from merge_core.randomness import at_most, hash_words, last_kept
-from merge_core.statistics import delta_ranks, largest_magnitude, row_ranks
+from merge_core.randomness import MaskKey, above, hash_words, last_kept
+from merge_core.statistics import Ranks, delta_ranks, largest_magnitude, row_ranks
 
 Kind = Literal["all", "none", "random", "largest", "band", "ranked"]
 Sparsifier = Callable[[TensorJob, Source], "Kept"]
@@ -52,52 +52,51 @@ def mask(kind: Kind, o: Operands, delta: Any) -> Any:
         delta: unweighted delta of the chunk, shape (n,).
 
     Returns:
-        Shape (n,), 1 where kept and 0 elsewhere.
+        int32, shape (n,), -1 where kept and 0 elsewhere.
     """
     if kind == "ranked":
         slope, first, k0, k1 = o.number(), o.number(), o.integer(), o.integer()
         bound = o.array().to(torch.float64) * slope + first
         hashed = hash_words(k0, k1, o.index, o.index_high).to(torch.float64)
-        return indicator(torch.lt, hashed, bound).to(torch.float32)
+        return indicator(torch.lt, hashed, bound).to(torch.int32) * -1
     if kind == "random":
         k0, k1, last = o.integer(), o.integer(), o.integer()
-        return at_most(hash_words(k0, k1, o.index, o.index_high), last)
+        return ~above(hash_words(k0, k1, o.index, o.index_high), last)
     return mask_of_magnitudes(kind, o, delta.abs().to(torch.float32))
 
 
 def mask_of_magnitudes(kind: Kind, o: Operands, magnitude: Any) -> Any:
-    """Tell which entries of a chunk are kept by their magnitude, float32, shape (n,)."""
-    if kind == "largest":
-        threshold = o.number()
-        kept = indicator(torch.gt, magnitude, threshold)
-        kept += _tied(o, magnitude, threshold)
-        return kept
-    low, high = o.number(), o.number()
-    kept = indicator(torch.gt, magnitude, low)
-    kept *= indicator(torch.lt, magnitude, high)
-    kept += _tied(o, magnitude, low)
-    kept += _tied(o, magnitude, high)
-    return kept
+    """Tell which entries of a chunk are kept by their magnitude, float32, shape (n,): -1, else 0."""
+    size = bits(magnitude)
+    k0, k1, low, last = o.integer(), o.integer(), o.integer(), o.integer()
+    within = ~_beyond(o, size - low, k0, k1, last)
+    if kind == "band":
+        high, last = o.integer(), o.integer()
+        within &= ~_beyond(o, size * -1 + high, k0, k1, last)
+    return within
 
 
-def _tied(o: Operands, magnitude: Any, threshold: Any) -> Any:
-    """Tell which of the entries at a threshold are kept."""
-    k0, k1, last = o.integer(), o.integer(), o.integer()
-    tied = indicator(torch.eq, magnitude, threshold)
-    if not isinstance(tied, Tensor):
-        return tied * at_most(hash_words(k0, k1, o.index, o.index_high), last)
+def _beyond(o: Operands, inside: Any, k0: Any, k1: Any, last: Any) -> Any:
+    """Tell which entries lie outside a threshold (-1, else 0): negative `inside`, or, of those on
+    it, a hash above `last`."""
+    if not isinstance(inside, Tensor):
+        return negative(inside + above(hash_words(k0, k1, o.index, o.index_high), last))
     if last < _EVERY:  # few entries: only their hashes are computed
-        at = _positions(tied)
-        hashed = hash_words(k0, k1, o.index[at], o.index_high)
-        tied[at] = at_most(hashed, last)
-    return tied
+        at = _zeros(inside)
+        inside[at] = above(hash_words(k0, k1, o.index[at], o.index_high), last)
+    return negative(inside)
 
 
-def _positions(flags: Tensor) -> Tensor:
-    """Return the indices of nonzero entries, int64, rising."""
-    if flags.device.type == "cpu":  # numpy finds them ten times faster than torch does
-        return torch.from_numpy(np.flatnonzero(flags.numpy()))
-    return flags.nonzero().view(-1)
+def _zeros(values: Tensor) -> Tensor:
+    """Return the indices of entries that are zero, int64, rising."""
+    if values.device.type == "cpu":  # numpy finds them ten times faster than torch does
+        return torch.from_numpy(np.flatnonzero(values.numpy() == 0))
+    return (values == 0).nonzero().view(-1)
+
+
+def _size(magnitude: float) -> int:
+    """Return the bits of a float32 magnitude, which are in the order of the magnitudes."""
+    return int(np.float32(magnitude).view(np.int32))
 
 
 def keep_all(job: TensorJob, source: Source) -> Kept:
@@ -118,10 +117,14 @@ def keep_largest(job: TensorJob, source: Source) -> Kept:
     if whole := _kept_whole(density):
         return whole
     k = max(1, math.floor(density * n))
-    rank = delta_ranks(job, source).at(n - k)
-    kept = last_kept(rank.through - (n - k), rank.through - rank.below)
-    values = Values((rank.magnitude,), (*source.key.words(), kept))
-    return _rescaled(job, source, Kept("largest", values))
+    return _rescaled(job, source, largest(delta_ranks(job, source), n, k, source.key))
+
+
+def largest(ranks: Ranks, n: int, k: int, key: MaskKey) -> Kept:
+    """Keep the k largest of n magnitudes; of those that tie, the ones of lowest hash."""
+    rank = ranks.at(n - k)
+    last = last_kept(rank.through - (n - k), rank.through - rank.below)
+    return Kept("largest", Values((), (*key.words(), _size(rank.magnitude), last)))
 
 
 def keep_without_outliers(job: TensorJob, source: Source) -> Kept:
@@ -138,16 +141,14 @@ def keep_without_outliers(job: TensorJob, source: Source) -> Kept:
     ranks = delta_ranks(job, source)
     low, high = ranks.at(first), ranks.at(first + k - 1)
     # Entries at one and the same threshold are one group, of which k are wanted.
-    at_low = 0 if low == high else low.through - first
+    at_low = low.through - (low.below if low == high else first)
     at_high = k if low == high else first + k - high.below
-    words = source.key.words()
     integers = (
-        *words,
-        last_kept(at_low, low.through - low.below),
-        *words,
-        last_kept(at_high, high.through - high.below),
+        *source.key.words(),
+        *(_size(low.magnitude), last_kept(at_low, low.through - low.below)),
+        *(_size(high.magnitude), last_kept(at_high, high.through - high.below)),
     )
-    return _rescaled(job, source, Kept("band", Values((low.magnitude, high.magnitude), integers)))
+    return _rescaled(job, source, Kept("band", Values((), integers)))
 
 
 def keep_at_random(job: TensorJob, source: Source) -> Kept:
@@ -211,4 +212,4 @@ def _kept_magnitude(kind: Any, o: Operands) -> Any:
     delta = o.xs[0] - o.base
     if kind == "all":
         return delta.abs() * o.number()
-    return delta.abs() * mask(kind, o, delta) * o.number()
+    return kept(mask(kind, o, delta), delta.abs()) * o.number()

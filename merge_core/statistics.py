@@ -208,6 +208,16 @@ def as_it_is(job: TensorJob, source: Source) -> Tensor:
     Raises:
         CheckpointError: it has entries that are not numbers.
     """
+    refuse_nan(job, source)
+    return source.tensor.to(job.out_dtype)
+
+
+def refuse_nan(job: TensorJob, source: Source) -> None:
+    """Look once whether a source's tensor has entries that are not numbers.
+
+    Raises:
+        CheckpointError: it has.
+    """
 
     def has_nan() -> bool:
         flat = source.tensor.reshape(-1)
@@ -217,7 +227,6 @@ def as_it_is(job: TensorJob, source: Source) -> Tensor:
 
     if job.statistics.once(job, "has_nan", [source], has_nan):
         raise job.not_a_number()
-    return source.tensor.to(job.out_dtype)
 
 
 def largest_magnitude(job: TensorJob, source: Source) -> float:

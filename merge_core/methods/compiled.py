@@ -36,6 +36,8 @@ _PREAMBLE = """
 #include <string.h>
 static inline float of_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 static inline uint32_t bits_of(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+static inline double of_wide_bits(int64_t u) { double f; memcpy(&f, &u, 8); return f; }
+static inline int64_t wide_bits_of(double f) { int64_t u; memcpy(&u, &f, 8); return u; }
 static inline float from_bf16(uint16_t v) { return of_bits((uint32_t)v << 16); }
 static inline uint16_t to_bf16(float f) { /* round to nearest, ties to even */
     uint32_t u = bits_of(f);
@@ -53,8 +55,13 @@ _STORED = {
     torch.int32: ("int32_t", "({})", ""),
 }
 _COMPUTED = {torch.float32: "float", torch.float64: "double", torch.int32: "int32_t"}
-_WIDTH = {"int32_t": 0, "float": 1, "double": 2}
-_COMPARED = {torch.gt: ">", torch.lt: "<", torch.eq: "=="}
+_WIDTH = {"int32_t": 0, "int64_t": 0, "float": 1, "double": 2}
+# A number of this C type, its bits as a signed integer, and back.
+_BITS = {
+    "float": ("int32_t", "(int32_t)bits_of({})", "of_bits((uint32_t)({}))"),
+    "double": ("int64_t", "wide_bits_of({})", "of_wide_bits({})"),
+}
+_COMPARED = {torch.gt: ">", torch.lt: "<", torch.eq: "==", torch.ne: "!="}
 # Indices beyond this would not fit the 32-bit counter of one call.
 _CALL = 1 << 30
 
@@ -79,8 +86,8 @@ class Traced:
             return other.name if other.c_type == c_type else f"({c_type}){other.name}"
         if isinstance(other, Value):
             return f"({c_type}){other.name}"
-        if c_type == "int32_t":
-            return f"((int32_t){int(other)})"
+        if _WIDTH[c_type] == 0:
+            return f"(({c_type}){int(other)})"
         return f"(({c_type}){float(other).hex()})"
 
     def _binary(self, symbol: str, other: Any, swapped: bool = False) -> Traced:
@@ -118,6 +125,9 @@ class Traced:
     def __rshift__(self, other: Any) -> Traced:
         return self._binary(">>", other)
 
+    def __invert__(self) -> Traced:
+        return Traced(self._lines, self.c_type, f"~{self.name}")
+
     def __iadd__(self, other: Any) -> Traced:
         return self._into(self + other)
 
@@ -130,14 +140,13 @@ class Traced:
     def __itruediv__(self, other: Any) -> Traced:
         return self._into(self / other)
 
+    def __iand__(self, other: Any) -> Traced:
+        return self._into(self & other)
+
     def __ixor__(self, other: Any) -> Traced:
         return self._into(self ^ other)
 
-    add_, mul_, div_ = __iadd__, __imul__, __itruediv__
-
-    def bitwise_and_(self, other: Any) -> Traced:
-        """As torch's."""
-        return self._into(self & other)
+    add_, mul_, div_, bitwise_and_ = __iadd__, __imul__, __itruediv__, __iand__
 
     def abs(self) -> Traced:
         """As torch's."""
@@ -163,6 +172,22 @@ class Traced:
         """As torch's, for the dtypes that are computed in."""
         c_type = _COMPUTED[dtype]
         return Traced(self._lines, c_type, f"({c_type}){self.name}")
+
+    @property
+    def width(self) -> int:
+        """How many bits the variable has."""
+        return 64 if self.c_type in ("int64_t", "double") else 32
+
+    def bits(self) -> Traced:
+        """The bits of a number, as a signed integer of its width."""
+        c_type, forth, _ = _BITS[self.c_type]
+        return Traced(self._lines, c_type, forth.format(self.name))
+
+    def kept(self, mask: Traced) -> Traced:
+        """The number where the mask is -1, +0 where it is 0."""
+        c_type, forth, back = _BITS[self.c_type]
+        masked = f"{forth.format(self.name)} & ({c_type}){mask.name}"
+        return Traced(self._lines, self.c_type, back.format(masked))
 
     def indicator(self, compare: Callable[..., Tensor], other: Any) -> Traced:
         """1 where the comparison holds, else 0, in this variable's type."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_core.methods.entrywise import Operands, Values, entries, evaluated, indicator, total
+from merge_core.methods.entrywise import Operands, Values, entries, evaluated, indicator, kept, total
 from merge_core.methods.job import TensorJob, row_sums
-from merge_core.randomness import last_kept
-from merge_core.sparsify import mask_of_magnitudes
+from merge_core.methods.task_vector import agreeing
+from merge_core.sparsify import Kind, largest, mask_of_magnitudes
 from merge_core.statistics import Ranks, as_it_is
 
 
@@ -30,25 +30,23 @@ def sce(job: TensorJob) -> Tensor:
     assert job.base is not None
     topk = job.parameters["select_topk"]
     tensors = [source.tensor for source in job.sources]
-    kind, values = "all", Values()
+    kind: Kind = "all"
+    values = Values()
     if topk < 1:
         ranks, nonzero = job.statistics.once(job, "variance", job.sources, lambda: _variances(job))
         k = math.floor(topk * nonzero)
         if k <= 0:
             return as_it_is(job, job.base)
         n = job.like.numel()
-        rank = ranks.at(n - k)
-        last = last_kept(rank.through - (n - k), rank.through - rank.below)
-        words = job.base.key.words()
-        kind, values = "largest", Values((rank.magnitude,), (*words, last))
+        chosen = largest(ranks, n, k, job.base.key)
+        kind, values = chosen.kind, chosen.values
     energies = job.statistics.once(
         job, ("energy", kind, values), job.sources, lambda: _energies(job, kind, values)
     )
     whole = sum(energies)
     n_models = len(tensors)
     weights = [e / whole if abs(whole) >= 1e-6 else 1 / n_models for e in energies]
-    numbers = (*values.numbers, *weights)
-    return entries(job, _agreed, kind, tensors, Values(numbers, values.integers))
+    return entries(job, _agreed, kind, tensors, Values(tuple(weights), values.integers))
 
 
 def _variance(structure: Any, o: Operands) -> Any:
@@ -87,9 +85,8 @@ def _selected(kind: Any, o: Operands) -> list[Any]:
     """Deltas of the selected entries, zero elsewhere."""
     deltas = [x - o.base for x in o.xs]
     if kind != "all":
-        kept = _kept(o)
-        for delta in deltas:
-            delta *= kept
+        selected = _kept(o)
+        deltas = [kept(selected, delta) for delta in deltas]
     return deltas
 
 
@@ -122,17 +119,13 @@ def _energies(job: TensorJob, kind: Any, values: Values) -> list[float]:
 def _agreed(kind: Any, o: Operands) -> Any:
     deltas = _selected(kind, o)
     weights = [o.number() for _ in deltas]
-    sum_of_all = deltas[0] * 1.0
-    for delta in deltas[1:]:
-        sum_of_all += delta
-    sign = indicator(torch.lt, sum_of_all, 0.0).mul_(-2.0).add_(1.0)
     mixed = divisor = None
-    for delta, weight in zip(deltas, weights, strict=True):
-        agrees = indicator(torch.gt, delta * sign, 0.0)
-        agrees *= weight
-        delta *= agrees
+    for delta, weight in zip(agreeing(deltas), weights, strict=True):
+        share = indicator(torch.ne, delta, 0.0)
+        share *= weight
+        delta *= weight
         mixed = delta if mixed is None else mixed.add_(delta)
-        divisor = agrees if divisor is None else divisor.add_(agrees)
+        divisor = share if divisor is None else divisor.add_(share)
     assert mixed is not None
     assert divisor is not None
     return mixed.div_(divisor.clamp(1e-6)).add_(o.base)

@@ -81,6 +81,7 @@ class Operands:
 
 
 Formula = Callable[[Any, Operands], Any]
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def indicator(compare: Callable[..., Tensor], a: Any, b: Any) -> Any:
@@ -91,6 +92,34 @@ def indicator(compare: Callable[..., Tensor], a: Any, b: Any) -> Any:
     if isinstance(a, Traced):
         return a.indicator(compare, b)
     return compare(a, b, out=torch.empty_like(a))
+
+
+def bits(x: Any) -> Any:
+    """Return the bits of numbers as signed integers of the same width; their order is that of the
+    magnitudes, their sign the numbers' sign."""
+    return x.bits() if isinstance(x, Traced) else x.view(_BITS[x.dtype])
+
+
+def negative(whole: Any) -> Any:
+    """Tell where signed integers are negative: -1 there, else 0."""
+    width = whole.width if isinstance(whole, Traced) else 8 * whole.itemsize
+    return whole >> (width - 1)
+
+
+def kept(mask: Any, x: Any) -> Any:
+    """Keep entries where a mask is -1, and put +0 where it is 0.
+
+    Bits and masks cost a fraction of what selecting by booleans does, in torch and compiled.
+
+    Args:
+        mask: signed integers of any width, shape (n,).
+        x: shape (n,); overwritten.
+    """
+    if isinstance(x, Traced):
+        return x.kept(mask)
+    whole = bits(x)
+    whole &= mask.to(whole.dtype)
+    return x
 
 
 def entries(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_core.methods.entrywise import Operands, Values, entries, indicator
+from merge_core.methods.entrywise import Operands, Values, bits, entries, indicator, kept, negative
 from merge_core.methods.job import TensorJob
 from merge_core.sparsify import (
     Sparsifier,
@@ -22,7 +22,7 @@ from merge_core.sparsify import (
     keep_without_outliers,
     mask,
 )
-from merge_core.statistics import as_it_is, is_zero
+from merge_core.statistics import as_it_is, is_zero, refuse_nan
 
 
 def task_arithmetic(job: TensorJob) -> Tensor:
@@ -127,6 +127,10 @@ def _merge(job: TensorJob, sparsify: Sparsifier, elects_sign: bool) -> Tensor:
     thinned = [pair for pair in zip(active, kept, strict=True) if pair[1].kind != "none"]
     if not thinned:
         return as_it_is(job, job.base)
+    for source, keep in thinned:
+        # Where an entry may be dropped unseen; orders of magnitudes have been looked at already.
+        if keep.kind in ("random", "ranked") or (elects_sign and keep.kind == "all"):
+            refuse_nan(job, source)
     normalize, scale = job.parameters["normalize"], job.parameters["lambda"]
     weights = sum(source.parameters["weight"] for source in job.sources)
     numbers: tuple[float, ...] = ()
@@ -151,7 +155,7 @@ def _mixed(structure: Any, o: Operands) -> Any:
     for kind, x in zip(kinds, o.xs, strict=True):
         delta = x - o.base
         if kind != "all":
-            delta *= mask(kind, o, delta)
+            delta = kept(mask(kind, o, delta), delta)
         delta *= o.number()
         deltas.append(delta)
         if elects_sign and normalize:
@@ -172,7 +176,7 @@ def _mixed(structure: Any, o: Operands) -> Any:
 def elected(deltas: list[Any], weights: list[Any]) -> Any:
     """Sum the entries whose sign is the sum's sign; divide by their weights, if any are given.
 
-    A sum of zero counts as positive; entries that are exactly zero never agree.
+    Entries that are exactly zero count in no divisor.
 
     Args:
         deltas: weighted, each shape (n,); overwritten.
@@ -181,23 +185,31 @@ def elected(deltas: list[Any], weights: list[Any]) -> Any:
     Returns:
         Shape (n,).
     """
-    sum_of_all = deltas[0] + deltas[1] if len(deltas) > 1 else deltas[0] * 1.0
-    for delta in deltas[2:]:
-        sum_of_all += delta
-    negative = indicator(torch.lt, sum_of_all, 0.0)
-    # Signs as +1 and -1: torch multiplies floats many times faster than it selects by booleans.
-    sign = negative.mul_(-2.0).add_(1.0)
     mixed = divisor = None
-    for i, delta in enumerate(deltas):
-        delta *= sign
-        agrees = indicator(torch.gt, delta, 0.0)
-        delta *= agrees
-        mixed = delta if mixed is None else mixed.add_(delta)
+    for i, delta in enumerate(agreeing(deltas)):
         if weights:
-            agrees *= weights[i]
-            divisor = agrees if divisor is None else divisor.add_(agrees)
+            share = indicator(torch.ne, delta, 0.0)
+            share *= weights[i]
+            divisor = share if divisor is None else divisor.add_(share)
+        mixed = delta if mixed is None else mixed.add_(delta)
     assert mixed is not None
     if divisor is not None:
         divisor += indicator(torch.eq, divisor, 0.0)
         mixed /= divisor
-    return mixed.mul_(sign)
+    return mixed
+
+
+def agreeing(deltas: list[Any]) -> list[Any]:
+    """Set entries to zero whose sign is not their sum's; a sum of zero counts as positive.
+
+    Args:
+        deltas: each shape (n,); overwritten.
+    """
+    if len(deltas) == 1:
+        return deltas
+    sum_of_all = deltas[0] + deltas[1]
+    for delta in deltas[2:]:
+        sum_of_all += delta
+    sign = bits(sum_of_all)
+    # The sign of an exclusive or says whether two signs differ.
+    return [kept(~negative(bits(delta) ^ sign), delta) for delta in deltas]

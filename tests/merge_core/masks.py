@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from merge_core.randomness import MaskKey, at_most, hash_words, high_word, last_kept
+from merge_core.randomness import MaskKey, above, hash_words, high_word, last_kept
 
 
 def hash31(key: MaskKey, index: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def hash31(key: MaskKey, index: Tensor) -> Tensor:
 
 def keep_below(key: MaskKey, index: Tensor, numerator: int, denominator: int) -> Tensor:
     """1 where u < numerator / denominator, else 0, float32."""
-    return cast(Tensor, at_most(hash31(key, index), last_kept(numerator, denominator)))
+    return cast(Tensor, above(hash31(key, index), last_kept(numerator, denominator)) + 1.0)
 
 
 def keep_mask(key: MaskKey, start: int, stop: int, probability: float, device: torch.device) -> Tensor:
