@@ -53,6 +53,7 @@ def merged_tensors(
     names: Collection[str] | None = None,
     device: str | torch.device = "cpu",
     compiles: bool | None = None,
+    into: Mapping[str, Tensor] | None = None,
     **plan_options: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge, one tensor at a time.
@@ -64,6 +65,8 @@ def merged_tensors(
         device: where the arithmetic runs and the tensors end up.
         compiles: whether to use compiled loops, which give the same bits, where there is a C
             compiler; by default where the merge is large enough to pay for it.
+        into: by name, where results are to be written that are computed entry by entry, such as a
+            live model's parameters; those of another shape or dtype are left alone.
         plan_options: of `plan_merge`.
 
     Yields:
@@ -78,7 +81,7 @@ def merged_tensors(
     sources = sources or Sources()
     plan = plan_merge(recipe, sources, **plan_options)
     wanted = [planned for planned in plan if names is None or planned.name in names]
-    return _stream(recipe, sources, wanted, torch.device(device), compiles)
+    return _stream(recipe, sources, wanted, torch.device(device), compiles, into)
 
 
 def pays_to_compile(wanted: Iterable[Planned], sources: Sources) -> bool:
@@ -88,11 +91,16 @@ def pays_to_compile(wanted: Iterable[Planned], sources: Sources) -> bool:
 
 
 def _stream(
-    recipe: Recipe, sources: Sources, wanted: list[Planned], device: torch.device, compiles: bool | None
+    recipe: Recipe,
+    sources: Sources,
+    wanted: list[Planned],
+    device: torch.device,
+    compiles: bool | None = None,
+    into: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     if compiles is None:
         compiles = pays_to_compile(wanted, sources)
-    merger = _Merger(recipe, sources, device, compiles)
+    merger = _Merger(recipe, sources, device, compiles, into or {})
     merger.announce(wanted)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     return _in_parallel(wanted, merger, n_threads)
@@ -129,9 +137,17 @@ def _in_parallel(wanted: list[Planned], merger: _Merger, n_threads: int) -> Iter
 class _Merger:
     """Makes planned tensors out of the sources'."""
 
-    def __init__(self, recipe: Recipe, sources: Sources, device: torch.device, compiles: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sources,
+        device: torch.device,
+        compiles: bool,
+        into: Mapping[str, Tensor],
+    ) -> None:
         self._recipe, self._sources, self._device = recipe, sources, device
-        self._compiles = compiles
+        self._compiles, self._into = compiles, into
+        self._found: dict[tuple[str, str], tuple[Checkpoint, str, torch.dtype]] = {}
 
     def announce(self, wanted: Iterable[Planned]) -> None:
         """Have it decided where the inputs live between candidates."""
@@ -145,15 +161,19 @@ class _Merger:
 
     def _stored(self, entry: Input) -> tuple[Checkpoint, str, torch.dtype]:
         """Where an input is, and the dtype it is taken in: the recipe's, else its own."""
-        checkpoint = self._sources.architecture(entry.model).checkpoint
-        dtype = self._recipe.dtype or checkpoint.tensors[entry.name].dtype
-        return checkpoint, entry.name, getattr(torch, dtype)
+        key = entry.model, entry.name
+        if key not in self._found:
+            checkpoint = self._sources.architecture(entry.model).checkpoint
+            dtype = self._recipe.dtype or checkpoint.tensors[entry.name].dtype
+            self._found[key] = checkpoint, entry.name, getattr(torch, dtype)
+        return self._found[key]
 
     def merge(self, planned: Planned) -> Tensor:
         """Make one tensor, on the device."""
         if not planned.is_floating:
             return self._copied(planned)
         method = METHODS[planned.method]
+        out_dtype = getattr(torch, planned.dtype)
         job = TensorJob(
             name=planned.name,
             base=self._source(planned, planned.base, {}) if planned.base else None,
@@ -162,11 +182,19 @@ class _Merger:
                 name: look_up(name, parameter, planned.levels, planned.name, planned.t)
                 for name, parameter in method.shared.items()
             },
-            out_dtype=getattr(torch, planned.dtype),
+            out_dtype=out_dtype,
             statistics=self._sources.statistics,
             compiles=self._compiles,
+            place=self._place(planned, out_dtype),
         )
         return method.function()(job)
+
+    def _place(self, planned: Planned, dtype: torch.dtype) -> Tensor | None:
+        """Where a result goes, if that can take it as it is."""
+        place = self._into.get(planned.name)
+        if place is None or place.shape != planned.shape or place.dtype != dtype:
+            return None
+        return place if place.is_contiguous() and place.device.type == self._device.type else None
 
     def _source(self, planned: Planned, entry: Input, per_model: Mapping[str, Parameter]) -> Source:
         tensor = self._sources.residence.fetch(*self._stored(entry), self._device)
@@ -225,7 +253,7 @@ def save_merged(
     text = recipe_text or recipe.to_yaml()
     plan = plan_merge(recipe, sources, **plan_options)
     layout = [(planned.name, planned.dtype, planned.shape) for planned in plan]
-    stream = _stream(recipe, sources, list(plan), torch.device(device), None)
+    stream = _stream(recipe, sources, list(plan), torch.device(device))
     with complete_folder(Path(folder), overwrite) as part:
         write_shards(layout, _told(stream, on_tensor), part, shard_bytes)
         config = merged_config(recipe, sources)
@@ -251,11 +279,11 @@ def load_merged(
     recipe: Recipe, *, sources: Sources | None = None, device: str = "cpu"
 ) -> PreTrainedModel:
     """Merge into a Transformers model in memory; its weights are those `save_merged` writes."""
-    from merge_core.resident import build_model, fill
+    from merge_core.resident import build_model, fill, places
 
     sources = sources or Sources()
-    stream = merged_tensors(recipe, sources)
+    plan_merge(recipe, sources)
     folder = sources.architecture(donor(recipe)).checkpoint.folder
     model = build_model(merged_config(recipe, sources), folder, device)
-    fill(model, stream)
+    fill(model, merged_tensors(recipe, sources, device=device, into=places(model)))
     return model

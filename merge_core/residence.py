@@ -167,13 +167,16 @@ class Residence:
         A place once given stays: every candidate passes over all tensors in the same order, so what
         was thrown out for a newer tensor would be the next one wanted.
         """
+        keys = [key for key in keys if key not in self._places]
+        if not keys:
+            return
         sizes = {}
         for key in keys:
             checkpoint, name, dtype, _ = key
             info = checkpoint.tensors[name]
             if device.type == "cpu" and info.dtype == str(dtype).removeprefix("torch."):
                 self._places[key] = "mapped"  # the view itself, which costs nothing
-            elif key not in self._places:
+            else:
                 sizes[key] = math.prod(info.shape) * dtype.itemsize
         if device not in self._device_left:
             self._device_left[device] = self._free_on(device)

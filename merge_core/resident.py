@@ -56,25 +56,38 @@ def build_model(
     return model.eval()
 
 
-@torch.no_grad()
-def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy a stream of checkpoint tensors into the model's parameters, in place.
+def places(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's parameters and buffers by the names that checkpoints give them.
 
-    Raises:
-        CheckpointError: tensors without a place, of another shape, or places left unfilled.
+    A checkpoint may have been saved from the model with its head or without: both spellings are
+    there.
     """
-    places = {
+    named = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
     prefix = f"{model.base_model_prefix}."
+    found = {name: tensor.detach() for name, tensor in named.items()}
+    for name, tensor in list(found.items()):
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        found.setdefault(other, tensor)
+    return found
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy a stream of checkpoint tensors into the model's parameters, in place.
+
+    What has been merged into its place already is not copied.
+
+    Raises:
+        CheckpointError: tensors without a place, of another shape, or places left unfilled.
+    """
+    known = places(model)
     filled: set[int] = set()
     faults = []
     for name, tensor in _copied_by_one_thread(stream):
-        place = places.get(name)
-        if place is None:
-            other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-            place = places.get(other)
+        place = known.get(name)
         if place is None:
             faults.append(f"tensor {name} has no place in the model built from config.json")
         elif place.shape != tensor.shape:
@@ -83,12 +96,13 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
                 f"{list(place.shape)}"
             )
         else:
-            place.copy_(tensor)
-            filled.add(id(place))
+            if tensor.data_ptr() != place.data_ptr():
+                place.copy_(tensor)
+            filled.add(place.data_ptr())
     faults += [
         f"{name} of the model built from config.json is in no checkpoint tensor"
         for name, parameter in model.named_parameters()
-        if id(parameter) not in filled
+        if parameter.data_ptr() not in filled
     ]
     if faults:
         shown = faults[:5] + ([f"... and {len(faults) - 5} more"] if len(faults) > 5 else [])

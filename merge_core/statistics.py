@@ -67,9 +67,8 @@ class StatisticsCache:
 
     @staticmethod
     def _key(job: TensorJob, what: Any, sources: Sequence[Source]) -> Any:
-        read = [*([job.base] if job.base else []), *sources]
-        tensors = ((s.model, s.input_name, s.tensor.dtype, s.tensor.shape) for s in read)
-        return (what, job.base is not None, job.work_dtype, *tensors)
+        base = job.base.identity if job.base else None
+        return (what, base, job.work_dtype, *(source.identity for source in sources))
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Ranks:
 
     def at(self, rank: int) -> Rank:
         """Find the magnitude of a rank in rising order, 0 <= rank < n."""
-        at = int(np.searchsorted(self._through, rank, "right"))
+        at = int(self._through.searchsorted(rank, "right"))
         if at < len(self._marks) and self._below[at] <= rank:
             return Rank(float(self._marks[at]), int(self._below[at]), int(self._through[at]))
         gap = self._gap(at)

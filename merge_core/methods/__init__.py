@@ -10,6 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from merge_core.methods.parameter import Parameter
@@ -64,11 +65,16 @@ class Method:
 
     def function(self) -> Callable[[TensorJob], Tensor]:
         """Load the function that merges one tensor."""
-        module, name = self.implementation.split(":")
-        function: Callable[[TensorJob], Tensor] = getattr(
-            importlib.import_module(f"merge_core.methods.{module}"), name
-        )
-        return function
+        return _function(self.implementation)
+
+
+@cache
+def _function(implementation: str) -> Callable[[TensorJob], Tensor]:
+    module, name = implementation.split(":")
+    function: Callable[[TensorJob], Tensor] = getattr(
+        importlib.import_module(f"merge_core.methods.{module}"), name
+    )
+    return function
 
 
 _WEIGHT = Parameter(required=True, help="share of this model; negative ones subtract")

@@ -133,9 +133,11 @@ def entries(
         sources: tensors of the job's shape, the formula's `xs`.
 
     Returns:
-        Tensor of the job's shape and output dtype.
+        Tensor of the job's shape and output dtype, in the job's place if it has one.
     """
-    out = torch.empty(job.like.shape, dtype=job.out_dtype, device=job.like.device)
+    out = job.place
+    if out is None:
+        out = torch.empty(job.like.shape, dtype=job.out_dtype, device=job.like.device)
     loop = _loop(job, formula, structure, sources, values, job.out_dtype)
     if loop is not None:
         has_nan = loop.run(_base(job), sources, values.numbers, values.integers, values.arrays, out) != 0

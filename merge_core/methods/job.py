@@ -6,8 +6,9 @@ to the output dtype. The chunk length has no influence on any bit of the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,11 @@ class Source:
     model: str = ""
     input_name: str = ""
 
+    @cached_property
+    def identity(self) -> Hashable:
+        """What tells this tensor from others."""
+        return self.model, self.input_name, self.tensor.dtype, self.tensor.shape
+
 
 @dataclass(frozen=True)
 class TensorJob:
@@ -54,6 +60,7 @@ class TensorJob:
         out_dtype: dtype of the result.
         statistics: what is known of the sources, kept between merges.
         compiles: whether a compiled loop pays, where there is a compiler.
+        place: where the result may be written, of its shape, dtype and device; None for new memory.
     """
 
     name: str
@@ -63,13 +70,14 @@ class TensorJob:
     out_dtype: torch.dtype
     statistics: StatisticsCache
     compiles: bool = False
+    place: Tensor | None = None
 
     @property
     def like(self) -> Tensor:
         """A tensor with the result's shape and device."""
         return self.base.tensor if self.base else self.sources[0].tensor
 
-    @property
+    @cached_property
     def work_dtype(self) -> torch.dtype:
         """float32, or float64 as soon as one source is float64."""
         tensors = [source.tensor for source in self.sources] + ([self.base.tensor] if self.base else [])

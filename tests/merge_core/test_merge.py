@@ -167,6 +167,31 @@ def test_sources_are_never_written_to(llamas, method):
         assert all(torch.equal(checkpoint.read(k), v) for k, v in before[name].items())
 
 
+@every_method
+@pytest.mark.parametrize("compiles", [False, True], ids=["torch", "compiled"])
+def test_results_may_be_written_where_they_are_wanted(llamas, method, compiles):
+    recipe = recipe_of(method, llamas)
+    expected = dict(merged_tensors(recipe))
+    into = {name: torch.full_like(tensor, 7.0) for name, tensor in expected.items()}
+    got = dict(merged_tensors(recipe, into=into, compiles=compiles))
+    assert same_tensors(got, expected)
+    assert all(got[name].data_ptr() == into[name].data_ptr() for name in got)
+
+
+@pytest.mark.parametrize("unfit", ["dtype", "shape", "stride"])
+def test_a_place_that_does_not_fit_is_left_alone(llamas, unfit):
+    recipe = recipe_of("ties", llamas)
+    expected = dict(merged_tensors(recipe))
+    other = {
+        "dtype": lambda t: torch.zeros_like(t, dtype=torch.bfloat16),
+        "shape": lambda t: torch.zeros(t.numel() + 1),
+        "stride": lambda t: torch.zeros(*t.shape, 2)[..., 0],
+    }[unfit]
+    into = {name: other(tensor) for name, tensor in expected.items()}
+    assert same_tensors(dict(merged_tensors(recipe, into=into)), expected)
+    assert all(not place.any() for place in into.values())
+
+
 def test_a_model_alone_is_that_model_bit_for_bit(llamas, tied_llamas):
     for family in (llamas, tied_llamas):
         recipe = model_alone(family.x)

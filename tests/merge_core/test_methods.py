@@ -375,14 +375,15 @@ def with_bad_entries(bad):
 
 
 @pytest.mark.parametrize("compiles", [False, True], ids=["torch", "compiled"])
+@pytest.mark.parametrize("bad_at", [slice(None, None, 50), 7], ids=["many", "one"])
 @pytest.mark.parametrize("in_base", [False, True], ids=["model", "base"])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_entry_that_is_not_a_number_is_one_clear_error(job_of, method, in_base, compiles):
-    """Also where the method would drop it, as half of the sparsified do."""
+def test_an_entry_that_is_not_a_number_is_one_clear_error(job_of, method, in_base, bad_at, compiles):
+    """Also where the method would drop it, as the sparsified do with half of the entries."""
     table = METHODS[method]
     base, (x, y) = random_tensors(2)
     for bad in (base,) if in_base else (x,):
-        bad.view(-1)[::50] = math.nan
+        bad.view(-1)[bad_at] = math.nan
     own = {name: 0.5 for name in table.per_model if name in ("weight", "density")}
     own |= {"epsilon": 0.2} if "epsilon" in table.per_model else {}
     if table.base == "ignored":
