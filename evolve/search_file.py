@@ -37,7 +37,7 @@ class TaskSpec(_Section):
 class SearchSettings(_Section):
     """How candidates are proposed, and how many."""
 
-    sampler: Literal["auto", "cma", "tpe", "random"] = "auto"
+    sampler: Literal["auto", "cma", "tpe", "gp", "nsga2", "nsga3", "qmc", "random"] = "auto"
     objective: Literal["weighted_sum"] = "weighted_sum"
     n_iterations: int = Field(default=100, ge=1)
     """Candidates in all, a hard limit."""

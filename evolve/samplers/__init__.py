@@ -67,6 +67,10 @@ def make_sampler(name: str, space: Space, seed: int) -> Sampler:
         from evolve.samplers.cma import CmaSampler
 
         return CmaSampler(space, seed)
+    if name == "qmc":
+        from evolve.samplers.qmc import QmcSampler
+
+        return QmcSampler(space, seed)
     from evolve.samplers.optuna import OptunaSampler
 
     return OptunaSampler(name, space, seed)

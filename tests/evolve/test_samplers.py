@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from evolve.samplers import Sampler, make_sampler, resolve_sampler
 from evolve.space import Space
 
-NAMES = ["cma", "tpe", "random"]
+NAMES = ["cma", "tpe", "gp", "nsga2", "nsga3", "qmc", "random"]
 
 
 def space(n: int, **extra: object) -> Space:
@@ -67,10 +67,11 @@ def sphere(x: np.ndarray) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_search_also_when_resumed_at_any_trial(name: str) -> None:
     over = space(4)
-    undisturbed = [t.params for t in search(name, over, 25, sphere)]
+    n = 14 if name == "gp" else 25  # each proposal takes the Gaussian process 0.1 s and more
+    undisturbed = [t.params for t in search(name, over, n, sphere)]
     for renew in (1, 7):
-        assert [t.params for t in search(name, over, 25, sphere, renew)] == undisturbed
-    assert [t.params for t in search(name, over, 25, sphere, seed=4)] != undisturbed
+        assert [t.params for t in search(name, over, n, sphere, renew)] == undisturbed
+    assert [t.params for t in search(name, over, n, sphere, seed=4)] != undisturbed
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,13 +89,14 @@ def test_the_global_random_state_has_no_influence(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_two_proposals_are_equal(name: str) -> None:
-    trials = search(name, space(3), 40, sphere)
+    trials = search(name, space(3), 20 if name == "gp" else 40, sphere)
     assert len({tuple(t.params.values()) for t in trials}) == len(trials)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_proposals_stay_in_bounds(name: str) -> None:
-    trials = search(name, space(3), 40, lambda x: float(x.sum()))  # pulls into a corner
+    n = 16 if name == "gp" else 40
+    trials = search(name, space(3), n, lambda x: float(x.sum()))  # pulls into a corner
     assert all(-2 <= value <= 2 for t in trials for value in t.params.values())
 
 
@@ -149,6 +151,22 @@ def test_cma_proposes_while_candidates_are_pending_and_takes_late_ones() -> None
 )
 def test_auto_chooses_by_the_space(over: Space, expected: str) -> None:
     assert resolve_sampler("auto", over)[0] == expected
+
+
+@pytest.mark.parametrize("name", ["nsga2", "nsga3"])
+def test_generations_are_carried_from_trial_to_trial(name: str) -> None:
+    trials = search(name, space(4), 112, sphere, renew=1)
+    generations = [t.user_attrs["generation"] for t in trials]
+    assert generations == sorted(generations)
+    assert generations[-1] >= 5
+    values = [t.value for t in trials if t.value is not None]
+    assert np.mean(values[-16:]) > np.mean(values[:16]) + 1
+
+
+def test_a_quasi_random_sequence_fills_the_space_evenly() -> None:
+    trials = search("qmc", space(2), 64, sphere)
+    cells = {tuple(int((v + 2) * 2) for v in t.params.values()) for t in trials}
+    assert len(cells) == 64  # one in each cell of an 8 by 8 grid
 
 
 def test_steps_are_kept_by_every_sampler() -> None:
