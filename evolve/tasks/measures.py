@@ -194,7 +194,10 @@ def load_function(name: str) -> Callable[[list[AnsweredDocument]], Any]:
 
 def function_file(name: str) -> Path | None:
     """Return the file that a function is written in; None where it has none."""
-    file = inspect.getsourcefile(inspect.unwrap(load_function(name)))
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(load_function(name)))
+    except TypeError:  # a callable object, or one of Python's own
+        return None
     return Path(file) if file else None
 
 
@@ -212,9 +215,9 @@ def measure(field: str, spec: TaskSpec, asked: Sequence[ScoredTask]) -> ScoredTa
     if spec.kind == "output_tokens":
         leaves = {name: leaf for name, leaf in leaves.items() if leaf.generates}
     if not leaves:
-        what = "task that generates text" if spec.kind == "output_tokens" else "lm-eval task"
+        what = "a task that generates text" if spec.kind == "output_tokens" else "an lm-eval task"
         raise SearchFileError(
-            f"{field}.name is {spec.name!r}, which is taken over the documents of other tasks; name a "
+            f"{field}.name is {spec.name!r}, which is taken over the documents of other tasks; name "
             f"{what} beside it"
         )
     if spec.kind == "function":
@@ -233,5 +236,5 @@ def measure(field: str, spec: TaskSpec, asked: Sequence[ScoredTask]) -> ScoredTa
         metric=spec.name,
         filter="none",
         leaves=tuple(leaves.values()),
-        higher_is_better=spec.direction == "maximize",
+        higher_is_better=spec.kind == "function" and spec.direction == "maximize",
     )

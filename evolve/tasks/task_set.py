@@ -151,8 +151,9 @@ def _against_direction(field: str, spec: TaskSpec, task: ScoredTask) -> list[str
     own = "maximize" if task.higher_is_better else "minimize"
     if spec.direction in (None, own):
         return []
+    what = spec.name if task.metric == spec.name else f"{task.metric} of {spec.name}"
     return [
-        f"{field}.direction is {spec.direction!r}, but {task.metric} of {spec.name} is better when it is "
+        f"{field}.direction is {spec.direction!r}, but {what} is better when it is "
         f"{'higher' if task.higher_is_better else 'lower'}; remove direction"
     ]
 
