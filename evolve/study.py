@@ -287,6 +287,7 @@ _OUTCOME_COLUMNS = {
     "leaf": "string",
     "document": "int64",
     "metric": "string",
+    "counts": "bool",
     "value": "double",
     "detail": "string",
 }
@@ -295,9 +296,9 @@ _OUTCOME_COLUMNS = {
 def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
     """Write outcomes as parquet, one row a document, entry and metric, renamed into place.
 
-    Columns: split, task (the entry's key), leaf, document, metric, and value (a number) or detail
-    (JSON, where lm-eval keeps more than a number). `metric` is null in the row that counts for the
-    entry; the rows of a task's other metrics and filters say which ("exact_match,strict-match").
+    Columns: split, task (the entry's key), leaf, document, metric ("exact_match,strict-match"; null
+    where the key says it), counts (whether it is the entry's own), and value (a number) or detail
+    (JSON, where lm-eval keeps more than a number). A document's other metrics follow its own.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -309,13 +310,17 @@ def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
             "leaf": outcome.leaf,
             "document": outcome.document,
             "metric": metric,
+            "counts": counts,
             "value": float(value) if _is_number(value) else None,
             "detail": None if _is_number(value) else json.dumps(value, default=_plain),
         }
         for split, by_task in outcomes.items()
         for task, values in by_task.items()
         for outcome in values
-        for metric, value in [(None, outcome.value), *outcome.others.items()]
+        for metric, counts, value in [
+            (outcome.metric, True, outcome.value),
+            *((other, False, value) for other, value in outcome.others.items()),
+        ]
     ]
     schema = pa.schema(list(_OUTCOME_COLUMNS.items()))
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
@@ -331,11 +336,11 @@ def load_outcomes(path: Path) -> dict[Split, Outcomes]:
     others: dict[str, Any] = {}
     for row in pq.read_table(path).to_pylist():
         value = row["value"] if row["detail"] is None else json.loads(row["detail"])
-        if row.get("metric") is not None:
+        if not row["counts"]:
             others[row["metric"]] = value
             continue
         others = {}  # of the rows that follow
-        outcome = Outcome(row["leaf"], row["document"], value, others)
+        outcome = Outcome(row["leaf"], row["document"], value, others, row["metric"])
         found[row["split"]].setdefault(row["task"], []).append(outcome)
     return found
 

@@ -18,12 +18,14 @@ class Outcome:
             mean (a pair of log-likelihood and words, of gold and prediction); None where the task
             gave this document no value.
         others: by "metric,filter" what the task's other metrics and filters gave.
+        metric: the entry's own, as "metric,filter"; None where the entry's name says it all.
     """
 
     leaf: str
     document: int
     value: Any
     others: Mapping[str, Any] = field(default_factory=dict)
+    metric: str | None = None
 
 
 Outcomes = dict[str, list[Outcome]]

@@ -120,7 +120,7 @@ class ScoredTask:
         for leaf in self.leaves:
             for number in leaf.documents[split]:
                 others = dict(answered[leaf.name, number].values)
-                found.append(Outcome(leaf.name, number, others.pop(own, None), others))
+                found.append(Outcome(leaf.name, number, others.pop(own, None), others, own))
         return found
 
     def n_documents(self, split: Split) -> int:
