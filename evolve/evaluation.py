@@ -11,7 +11,7 @@ from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError, TrialEngineError
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.study import Study
-from evolve.tasks import SPLITS, TaskSet
+from evolve.tasks import SPLITS, TaskSet, reference_faults
 from evolve.verdict import score_interval
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
 from merge_core.plan import Sources, donor, merged_config, model_alone, plan_merge
@@ -55,6 +55,8 @@ def evaluate_models(models: Sequence[str], options: EvalOptions) -> list[dict[st
         tasks = TaskSet(specs, scoring, seed, allow_unsafe_code=options.allow_unsafe_code)
     except SearchFileError as error:
         faults += error.faults
+    if tasks is not None and not faults:
+        faults += [f for r in recipes if r for f in reference_faults(tasks.tasks, r, sources)]
     if faults or tasks is None:
         raise SearchFileError(faults)
     scored = []

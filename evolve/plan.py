@@ -10,7 +10,7 @@ from evolve.errors import SearchFileError
 from evolve.samplers import resolve_sampler
 from evolve.search_file import SearchFile
 from evolve.space import Space
-from evolve.tasks import TaskSet
+from evolve.tasks import TaskSet, reference_faults
 from evolve.workers.worker import Prompting, WorkerSetup
 from merge_core.checkpoint.write import has_tokenizer
 from merge_core.errors import CheckpointError, MergeError
@@ -38,6 +38,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What makes two searches the same one; a resume with another is refused."""
         settings = self.search_file.as_dict()
+        files = self.tasks.files()
         return {
             "recipe": self.search_file.template,
             "tasks": settings["tasks"],
@@ -49,8 +50,10 @@ class Plan:
             "sampler": self.search_file.search.sampler,
             "checkpoints": {
                 reference: self.sources.architecture(reference).checkpoint.fingerprint()
-                for reference in self.references()
+                for reference in (*self.references(), *self.tasks.references())
             },
+            # Texts, and the files of functions: what they hold is part of the scores.
+            **({"files": files} if files else {}),
         }
 
     @property
@@ -110,6 +113,8 @@ def make_plan(
         )
     except SearchFileError as error:
         faults += error.faults
+    if tasks is not None and not faults:
+        faults += reference_faults(tasks.tasks, start, sources)
     if faults or tasks is None:
         raise SearchFileError(faults)
     reference = donor(start)

@@ -6,6 +6,7 @@ into variables. This module reads and validates the rest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +26,79 @@ class _Section(BaseModel):
 
 
 class TaskSpec(_Section):
-    """One task that candidates are scored on."""
+    """One objective: an lm-eval task or group by name, or one of the kinds in OBJECTIVES.
+
+    `module:function` names a Python function of the user's.
+    """
 
     name: str
     metric: str | None = None
     """`metric` or `metric,filter`; default: the task's first metric and first filter."""
     weight: float = Field(default=1.0, gt=0)
     """Share in the weighted sum; positive, the direction is the metric's own."""
+    direction: Literal["maximize", "minimize"] | None = None
+    """For functions, and for metrics that have no direction of their own."""
+    text: str | None = None
+    """Of `perplexity` and `kl_divergence`: a text file."""
+    reference: str | None = None
+    """Of `kl_divergence`: the model whose distributions a candidate is held against."""
+    positions: int | None = Field(default=None, ge=1)
+    """Of `kl_divergence`: next-token distributions a document."""
+
+    @property
+    def kind(self) -> str:
+        """A key of OBJECTIVES, "function", or "task" for what lm-eval knows."""
+        if self.name in OBJECTIVES:
+            return self.name
+        return "function" if _FUNCTION.fullmatch(self.name) else "task"
+
+    def faults(self, field: str) -> list[str]:
+        """List keys that this kind of entry does not take, and those it needs.
+
+        Args:
+            field: where the entry stands: `tasks[0]`.
+        """
+        takes, needs = OBJECTIVES.get(self.name) or _OTHERS[self.kind]
+        what = self.kind if self.kind in OBJECTIVES else f"a {self.kind}"
+        given = [key for key in _EXTRA_KEYS if getattr(self, key) is not None]
+        faults = [
+            f"{field}.{key} is {getattr(self, key)!r}; {what} takes no {key}, remove it"
+            for key in given
+            if key not in takes
+        ]
+        return faults + [
+            f"{field}.{key} is missing; {what} needs it, write {key}: {_EXAMPLES[key]}"
+            for key in needs
+            if key not in given
+        ]
+
+    def as_config(self) -> dict[str, Any]:
+        """Return the entry as plain data; of the keys that few entries take, those given."""
+        return {
+            key: value
+            for key, value in self.model_dump(mode="json").items()
+            if value is not None or key == "metric"
+        }
+
+
+# What is no lm-eval task: for each kind the keys it takes and those it cannot do without.
+OBJECTIVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "output_tokens": (("direction",), ()),
+    "seconds_per_document": (("direction",), ()),
+    "perplexity": (("direction", "metric", "text"), ("text",)),
+    "kl_divergence": (("direction", "text", "reference", "positions"), ("text", "reference")),
+}
+_OTHERS = {
+    "task": (("metric", "direction"), ()),
+    "function": (("direction",), ("direction",)),
+}
+_EXTRA_KEYS = ("metric", "direction", "text", "reference", "positions")
+_EXAMPLES = {
+    "text": "FILE",
+    "reference": "MODEL",
+    "direction": "maximize or minimize, in the search file",
+}
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class SearchSettings(_Section):
@@ -64,6 +131,8 @@ class ScoringSettings(_Section):
     """Documents a task kept for the verdict: below 1 a share, else a count."""
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
+    system_instruction: str | None = None
+    """Stands before every prompt, as lm-eval's option of that name."""
     task_paths: list[str] = Field(default_factory=lambda: ["tasks"])
     engine: dict[str, Any] = Field(default_factory=dict)
     """Passed to the engine as it is."""
@@ -135,6 +204,10 @@ class SearchFile:
             settings = _Settings.model_validate({k: data[k] for k in SECTIONS if k in data})
         except ValidationError as error:
             faults += schema_faults(error, _KNOWN_KEYS)
+        else:
+            faults += [
+                fault for i, spec in enumerate(settings.tasks) for fault in spec.faults(f"tasks[{i}]")
+            ]
         if faults:
             raise SearchFileError(faults)
         self.tasks = settings.tasks
@@ -178,7 +251,7 @@ class SearchFile:
         """Return the whole file as plain data, defaults spelled out."""
         return {
             **self.template,
-            "tasks": [task.model_dump(mode="json") for task in self.tasks],
+            "tasks": [task.as_config() for task in self.tasks],
             "search": self.search.model_dump(mode="json"),
             "scoring": self.scoring.model_dump(mode="json"),
         }

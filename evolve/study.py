@@ -27,7 +27,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from evolve.errors import ResumeRefusedError, SearchFileError, StorageError
 from evolve.samplers import Proposal
 from evolve.search_file import SearchFile
-from evolve.tasks import SPLITS, Outcome, Outcomes, Split
+from evolve.tasks import SPLITS, Outcome, Outcomes, Split, n_documents
 from evolve.workers.worker import Seconds
 from merge_core.checkpoint.write import write_text
 from merge_core.recipe import load_yaml
@@ -199,11 +199,10 @@ class Study:
     ) -> None:
         """Tell a trial: outcomes to disk first, then scores, then the state."""
         save_outcomes(self.outcomes_path(f"trial-{number}"), {"search": outcomes})
-        n_documents = sum(len(values) for values in outcomes.values())
         self._tell(
             number,
             TrialState.COMPLETE,
-            {"scores": dict(scores), "seconds": vars(seconds), "documents": n_documents},
+            {"scores": dict(scores), "seconds": vars(seconds), "documents": n_documents(outcomes)},
             objective,
         )
 
@@ -282,11 +281,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
-    """Write outcomes as parquet, one row a document and task, renamed into place.
+_OUTCOME_COLUMNS = {
+    "split": "string",
+    "task": "string",
+    "leaf": "string",
+    "document": "int64",
+    "metric": "string",
+    "counts": "bool",
+    "value": "double",
+    "detail": "string",
+}
 
-    Columns: split, task, leaf, document, value (a number) or detail (JSON, where lm-eval keeps
-    more than a number).
+
+def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
+    """Write outcomes as parquet, one row a document, entry and metric, renamed into place.
+
+    Columns: split, task (the entry's key), leaf, document, metric ("exact_match,strict-match"; null
+    where the key says it), counts (whether it is the entry's own), and value (a number) or detail
+    (JSON, where lm-eval keeps more than a number). A document's other metrics follow its own.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -297,23 +309,20 @@ def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
             "task": task,
             "leaf": outcome.leaf,
             "document": outcome.document,
-            "value": float(outcome.value) if _is_number(outcome.value) else None,
-            "detail": None if _is_number(outcome.value) else json.dumps(outcome.value, default=_plain),
+            "metric": metric,
+            "counts": counts,
+            "value": float(value) if _is_number(value) else None,
+            "detail": None if _is_number(value) else json.dumps(value, default=_plain),
         }
         for split, by_task in outcomes.items()
         for task, values in by_task.items()
         for outcome in values
-    ]
-    schema = pa.schema(
-        [
-            ("split", pa.string()),
-            ("task", pa.string()),
-            ("leaf", pa.string()),
-            ("document", pa.int64()),
-            ("value", pa.float64()),
-            ("detail", pa.string()),
+        for metric, counts, value in [
+            (outcome.metric, True, outcome.value),
+            *((other, False, value) for other, value in outcome.others.items()),
         ]
-    )
+    ]
+    schema = pa.schema(list(_OUTCOME_COLUMNS.items()))
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
     part.replace(path)
@@ -324,9 +333,14 @@ def load_outcomes(path: Path) -> dict[Split, Outcomes]:
     import pyarrow.parquet as pq
 
     found: dict[Split, Outcomes] = {split: {} for split in SPLITS}
+    others: dict[str, Any] = {}
     for row in pq.read_table(path).to_pylist():
         value = row["value"] if row["detail"] is None else json.loads(row["detail"])
-        outcome = Outcome(row["leaf"], row["document"], value)
+        if not row["counts"]:
+            others[row["metric"]] = value
+            continue
+        others = {}  # of the rows that follow
+        outcome = Outcome(row["leaf"], row["document"], value, others, row["metric"])
         found[row["split"]].setdefault(row["task"], []).append(outcome)
     return found
 

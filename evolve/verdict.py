@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from evolve.tasks import Outcome, Outcomes, ScoredTask, Split, TaskSet
+from evolve.errors import TrialTaskError
+from evolve.tasks import Outcome, Outcomes, ScoredTask, Split, TaskSet, n_documents
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import locate
 from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
@@ -135,7 +136,7 @@ def _same_prompts(one: Prompting, other: Prompting) -> bool:
 def score_interval(task: ScoredTask, outcomes: Sequence[Outcome], seed: int) -> Interval:
     """Return a task's score with its interval: Wilson's for 0/1 outcomes, else bootstrap."""
     value = task.score(outcomes)
-    if task.is_mean and task.weight_by_size is not False and _is_binary(outcomes):
+    if task.averages(outcomes) and task.weight_by_size is not False and _is_binary(task, outcomes):
         from scipy.stats import binomtest
 
         n_right = round(sum(float(outcome.value) for outcome in outcomes))
@@ -176,12 +177,12 @@ def _resampled_gains(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Return N_RESAMPLES differences of one task's score; shape (N_RESAMPLES,)."""
-    if not task.is_mean:
+    if not (task.averages(winner) and task.averages(baseline)):
         won, lost = _resampled_scores(task, [winner, baseline], rng)
         gains: np.ndarray = won - lost
         return gains
     difference = _contributions(task, winner) - _contributions(task, baseline)
-    if _is_binary(winner) and _is_binary(baseline):
+    if _is_binary(task, winner) and _is_binary(task, baseline):
         difference = np.concatenate([difference, [1.0, -1.0]])
     n = len(difference)
     rows = max(1, _AT_ONCE // n)
@@ -209,20 +210,34 @@ def _contributions(task: ScoredTask, outcomes: Sequence[Outcome]) -> np.ndarray:
 def _resampled_scores(
     task: ScoredTask, sides: Sequence[Sequence[Outcome]], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Score resampled documents with the task's own aggregation, the same documents a side."""
-    samples = [np.empty(N_RESAMPLES) for _ in sides]
+    """Score resampled documents with the task's own aggregation, the same documents a side.
+
+    Where a task scores fewer resamples, or some cannot be scored (an aggregation may fail where one
+    class is missing), those that were are drawn from again.
+
+    Returns:
+        One array a side; shape (N_RESAMPLES,).
+    """
     by_leaf: dict[str, list[int]] = defaultdict(list)
     for i, outcome in enumerate(sides[0]):
         by_leaf[outcome.leaf].append(i)
-    for b in range(N_RESAMPLES):
+    scored = []
+    for _ in range(task.n_resamples):
         drawn = [i for members in by_leaf.values() for i in rng.choice(members, len(members))]
-        for side, sample in zip(sides, samples, strict=True):
-            sample[b] = task.score([side[i] for i in drawn])
-    return samples
+        try:
+            scored.append([task.score([side[i] for i in drawn]) for side in sides])
+        except TrialTaskError:
+            continue
+    if not scored:
+        raise TrialTaskError(f"{task.key}: none of {task.n_resamples} resamples can be scored")
+    samples = np.array(scored)
+    if len(samples) < N_RESAMPLES:
+        samples = samples[rng.integers(0, len(samples), N_RESAMPLES)]
+    return list(samples.T)
 
 
-def _is_binary(outcomes: Sequence[Outcome]) -> bool:
-    return all(outcome.value in (0, 1) for outcome in outcomes)
+def _is_binary(task: ScoredTask, outcomes: Sequence[Outcome]) -> bool:
+    return task.may_be_share and all(outcome.value in (0, 1) for outcome in outcomes)
 
 
 def _percentiles(samples: np.ndarray) -> tuple[float, float]:
@@ -276,7 +291,7 @@ def _intervals(tasks: TaskSet, outcomes: Outcomes) -> dict[str, Interval]:
 
 
 def _sentence(tasks: TaskSet, gain: Interval, best: Baseline, winner: Outcomes) -> str:
-    n = sum(len(outcomes) for outcomes in winner.values())
+    n = n_documents(winner)
     what = "the weighted sum" if len(tasks.tasks) > 1 else tasks.tasks[0].key
     numbers = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] in {what} over {best.name!r}"
     where = f"on {n} holdout documents, at 95% certainty"

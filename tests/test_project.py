@@ -25,7 +25,7 @@ ADDRESSES = {
     "cma": ("evolve/samplers/",),
     "ray": ("evolve/workers/ray.py",),
     "vllm": ("evolve/engines/vllm.py",),
-    "lm_eval": ("evolve/engines/", "evolve/tasks.py"),
+    "lm_eval": ("evolve/engines/", "evolve/tasks/"),
 }
 LATE = ("transformers", "huggingface_hub")
 

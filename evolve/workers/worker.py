@@ -14,7 +14,7 @@ from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
 from merge_core.checkpoint.locate import locate
 from merge_core.merge import merged_tensors
-from merge_core.plan import Sources
+from merge_core.plan import Sources, model_alone
 from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -116,7 +116,15 @@ class Worker:
     def _bank(self, prompting: Prompting) -> RequestBank:
         if prompting not in self._banks:
             lm = self.engine.lm(Path(locate(prompting.tokenizer)))
-            self._banks[prompting] = RequestBank(self.tasks, lm, prompting.apply_chat_template)
+            bank = RequestBank(self.tasks, lm, prompting.apply_chat_template)
+            for reference in bank.needs_references():
+                config = self.setup.engine.config
+                dtype = config.get("dtype") or config.get("torch_dtype")
+                alone = model_alone(reference).as_config()
+                recipe = Recipe.parse({**alone, "out_dtype": dtype})
+                self.engine.load(merged_tensors(recipe, self.sources, device=self.setup.engine.device))
+                bank.learn_reference(reference)
+            self._banks[prompting] = bank
         return self._banks[prompting]
 
     def evaluate(self, job: Job) -> Result:
@@ -124,6 +132,9 @@ class Worker:
         result = Result(job)
         seconds = result.seconds
         try:
+            # Before the candidate's weights: a new bank may load those of its references.
+            with boundary(TrialEngineError, "preparing the requests"):
+                banks = {prompting: self._bank(prompting) for prompting in job.promptings}
             began = time.perf_counter()
             with boundary(TrialMergeError, "merging"):
                 stream = merged_tensors(job.recipe, self.sources, device=self.setup.engine.device)
@@ -131,9 +142,8 @@ class Worker:
                 self.engine.load(_timed(stream, seconds))
             seconds.load = time.perf_counter() - began - seconds.merge
             began = time.perf_counter()
-            for prompting in job.promptings:
+            for prompting, bank in banks.items():
                 with boundary(TrialEngineError, "answering the requests"):
-                    bank = self._bank(prompting)
                     result.outcomes[prompting] = {split: bank.answer(split) for split in job.splits}
             seconds.score = time.perf_counter() - began
             for by_split in result.outcomes.values():

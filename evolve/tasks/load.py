@@ -1,0 +1,200 @@
+"""Names to lm-eval tasks: from `task_paths` first, then from lm-eval's own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evolve.errors import SearchFileError
+from evolve.search_file import ScoringSettings
+from merge_core.errors import HubUnreachableError, nearest
+
+# Those that simple_evaluate sets before it loads tasks: some shuffle their options when loaded.
+_PYTHON_SEED, _NUMPY_SEED = 0, 1234
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a name stands for: its leaf tasks, and the group if it is one."""
+
+    leaves: tuple[Any, ...]
+    group: Any = None
+
+
+def load_tasks(
+    places: Mapping[str, int], scoring: ScoringSettings, allow_unsafe_code: bool, faults: list[str]
+) -> dict[str, Loaded]:
+    """Load tasks by name.
+
+    Args:
+        places: where in `tasks:` each name stands first.
+        faults: gets a line for each name that cannot be loaded.
+
+    Raises:
+        HubUnreachableError: a task's data set cannot be fetched.
+    """
+    quiet_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    paths = [Path(path) for path in scoring.task_paths]
+    if scoring.task_paths != ScoringSettings().task_paths:
+        faults += [
+            f"scoring.task_paths: {path} is no folder; name a folder of task files, or remove it"
+            for path in paths
+            if not path.is_dir()
+        ]
+    paths = [path.resolve() for path in paths if path.is_dir()]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    missing = [name for name in places if name not in manager.all_tasks]
+    known: Iterable[str] = manager.all_tasks
+    if missing:
+        known = {*known, *_names_in_lm_eval()}
+        # Parsing lm-eval's own 14,000 files takes seconds, so only where one of them is asked for.
+        if any(name in known for name in missing):
+            manager = TaskManager(include_path=paths, include_defaults=True)
+            known = manager.all_tasks
+    loaded: dict[str, Loaded] = {}
+    with _one_look_at_a_data_set():
+        for name, i in places.items():
+            try:
+                loaded[name] = _load(f"tasks[{i}].name", name, manager, known, scoring)
+                _refuse(f"tasks[{i}].name", name, loaded[name], allow_unsafe_code)
+            except SearchFileError as error:
+                loaded.pop(name, None)
+                faults += error.faults
+    return loaded
+
+
+def _load(field: str, name: str, manager: Any, known: Iterable[str], scoring: ScoringSettings) -> Loaded:
+    if name not in known or name not in manager.all_tasks:
+        folders = ", ".join(str(path) for path in scoring.task_paths)
+        raise SearchFileError(
+            f"{field} is {name!r}; neither lm-eval nor the task paths ({folders}) have such a task; "
+            f"{_near_task(name, known)}"
+        )
+    if name in manager.all_tags:
+        raise SearchFileError(f"{field} is {name!r}, a tag of several tasks; name its tasks or a group")
+    try:
+        with _lm_evals_seeds():
+            tasks = manager.load([name])
+    except Exception as error:
+        _raise_if_unreachable(name, error)
+        raise SearchFileError(
+            f"{field} is {name!r}, which lm-eval cannot load: {type(error).__name__}: "
+            f"{error!s:.300}; correct the task's file or its data"
+        ) from error
+    group = tasks.get("groups", {}).get(name)
+    leaves = tuple(group.get_all_tasks() if group else tasks["tasks"].values())
+    for task in leaves:
+        _set_fewshot(task, scoring.num_fewshot)
+    return Loaded(leaves, group)
+
+
+def _refuse(field: str, name: str, loaded: Loaded, allow_unsafe_code: bool) -> None:
+    """Refuse tasks that cannot or may not be run here."""
+    if any(getattr(task, "UNSAFE_CODE", False) for task in loaded.leaves) and not allow_unsafe_code:
+        raise SearchFileError(
+            f"{field} is {name!r}, which executes code that the model writes; add --allow-unsafe-code "
+            f"if that is what you want"
+        )
+    if any(getattr(task, "MULTIMODAL", False) for task in loaded.leaves):
+        raise SearchFileError(
+            f"{field} is {name!r}, which asks about images or sounds; name a task of texts alone"
+        )
+
+
+@contextmanager
+def _one_look_at_a_data_set() -> Iterator[None]:
+    """Let `datasets` look up a data set once, not once for each of its configurations.
+
+    mmlu has 57 in one data set; the look-up asks the Hub six questions and parses the card, and
+    does not depend on the configuration.
+    """
+    import datasets.load
+
+    look_up = datasets.load.dataset_module_factory
+    found: dict[str, Any] = {}
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        key = repr((args, sorted(kwargs.items())))
+        if key not in found:
+            found[key] = look_up(*args, **kwargs)
+        return copy.deepcopy(found[key])  # its users take parts out of it
+
+    datasets.load.dataset_module_factory = remembered
+    try:
+        yield
+    finally:
+        datasets.load.dataset_module_factory = look_up
+
+
+@contextmanager
+def _lm_evals_seeds() -> Iterator[None]:
+    """Load under the global seeds of simple_evaluate, and leave the global generators as they were."""
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state()
+    random.seed(_PYTHON_SEED)
+    np.random.seed(_NUMPY_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _names_in_lm_eval() -> set[str]:
+    """Scan lm-eval's own files for what may be a task's or group's name, without parsing them."""
+    import lm_eval.tasks
+
+    key = r"""["']?(?:task|group|tag)["']?\s*:"""
+    named = re.compile(rf"""^\s*(?:-\s+)?(?:{key}|-)[ \t]*["']?([^\s"'\[\]{{}}#]+)""", re.M)
+    found: set[str] = set()
+    for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        found.update(named.findall(text))
+    return found
+
+
+def _near_task(name: str, known: Iterable[str]) -> str:
+    close = nearest(name, known)
+    return (
+        close if close.startswith("did you mean") else "correct the name or add its folder to task_paths"
+    )
+
+
+def _raise_if_unreachable(name: str, error: Exception) -> None:
+    """Tell a data set that cannot be fetched from a task that is wrong."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    unreachable = isinstance(error, ConnectionError | TimeoutError) or "offline" in str(error).lower()
+    if unreachable and not isinstance(error, DatasetNotFoundError | FileNotFoundError):
+        raise HubUnreachableError(
+            f"task {name}: its data set could not be fetched ({error!s:.200}); try again with a "
+            f"connection to the Hub, or use a task with local data"
+        ) from error
+
+
+def _set_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Set the number of shots as lm-eval does: a task that declares 0 keeps 0; none means 0."""
+    declared = task.get_config("num_fewshot")
+    if num_fewshot is not None and declared != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif declared is None:
+        task.set_config(key="num_fewshot", value=0)
+
+
+def quiet_lm_eval() -> None:
+    """Silence lm-eval's progress bars and notices: the search has its own."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,0 +1,225 @@
+"""The task set: the entries of `tasks:`, loaded, drawn and checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from evolve.errors import SearchFileError
+from evolve.search_file import ScoringSettings, TaskSpec
+from evolve.tasks.divergence import Divergence, make_divergence
+from evolve.tasks.draw import Leaf, draw
+from evolve.tasks.load import Loaded, load_tasks
+from evolve.tasks.measures import function_file, measure
+from evolve.tasks.outcome import Outcomes
+from evolve.tasks.scored import ScoredTask
+from evolve.tasks.text import fingerprint, text_task
+
+
+class TaskSet:
+    """The tasks and other objectives of a search.
+
+    Args:
+        specs: entries of `tasks:`.
+        scoring: limits, few-shot, task paths.
+        seed: draws the documents; few-shot examples keep lm-eval's own seed.
+        allow_unsafe_code: allow tasks that execute what a model wrote.
+
+    Attributes:
+        tasks: one ScoredTask an entry, in order.
+
+    Raises:
+        SearchFileError: unknown tasks or metrics, with every fault found.
+        HubUnreachableError: a task's data set cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TaskSpec],
+        scoring: ScoringSettings,
+        seed: int,
+        *,
+        allow_unsafe_code: bool = False,
+    ) -> None:
+        if not specs:
+            raise SearchFileError("tasks: no task is named; list at least one, or give --task NAME")
+        self.scoring = scoring
+        self.seed = seed
+        self._specs = tuple(specs)
+        faults = [fault for i, spec in enumerate(specs) for fault in spec.faults(f"tasks[{i}]")]
+        if faults:
+            raise SearchFileError(faults)
+        places = {spec.name: i for i, spec in reversed([*enumerate(specs)]) if spec.kind == "task"}
+        loaded = load_tasks(places, scoring, allow_unsafe_code, faults) if places else {}
+        drawn = {name: draw(name, item.leaves, scoring, seed) for name, item in loaded.items()}
+        texts = self._texts(faults)
+        found: dict[int, ScoredTask] = {}
+        for i, spec in enumerate(specs):
+            try:
+                if spec.kind == "kl_divergence" and spec.text in texts:
+                    found[i] = make_divergence(spec, texts[spec.text])
+                elif spec.kind == "perplexity" and spec.text in texts:
+                    leaf = texts[spec.text]
+                    found[i] = _scored(f"tasks[{i}]", spec, Loaded((leaf.task,)), (leaf,))
+                elif spec.name in loaded:
+                    found[i] = _scored(f"tasks[{i}]", spec, loaded[spec.name], drawn[spec.name])
+            except SearchFileError as error:
+                faults += error.faults
+        # What is taken over the documents of the others; where one of these is at fault, that says it.
+        asked = [found[i] for i, spec in enumerate(specs) if spec.kind == "task" and i in found]
+        is_whole = len(asked) == sum(spec.kind == "task" for spec in specs)
+        for i, spec in enumerate(specs):
+            if spec.kind in ("output_tokens", "seconds_per_document", "function") and is_whole:
+                try:
+                    found[i] = measure(f"tasks[{i}]", spec, asked)
+                except SearchFileError as error:
+                    faults += error.faults
+        for i, task in found.items():
+            faults += _against_direction(f"tasks[{i}]", specs[i], task)
+        self.tasks = [replace(task, key=_key(specs[i], task, specs)) for i, task in sorted(found.items())]
+        if scoring.holdout:
+            faults += [
+                f"scoring.holdout is {scoring.holdout:g}, which keeps no document of {task.key}; raise "
+                f"it, or set it to 0"
+                for task in self.tasks
+                if not task.n_documents("holdout")
+            ]
+        keys = Counter(task.key for task in self.tasks)
+        faults += [f"tasks: {key} stands {n} times; name it once" for key, n in keys.items() if n > 1]
+        if faults:
+            raise SearchFileError(faults)
+
+    def _texts(self, faults: list[str]) -> dict[str | None, Leaf]:
+        """Read the text files that entries name, and draw their documents; by file."""
+        texts: dict[str | None, Leaf] = {}
+        for i, spec in enumerate(self._specs):
+            if spec.text is None or spec.text in texts:
+                continue
+            try:
+                task = text_task(f"tasks[{i}].text", spec.text)
+            except SearchFileError as error:
+                faults += error.faults
+                continue
+            (texts[spec.text],) = draw(spec.text, [task], self.scoring, self.seed)
+        return texts
+
+    @property
+    def n_documents(self) -> int:
+        """Search documents that one candidate is scored on, over all tasks."""
+        leaves = {leaf.name: leaf for task in self.tasks for leaf in task.leaves}
+        return sum(len(leaf.documents["search"]) for leaf in leaves.values())
+
+    def references(self) -> list[str]:
+        """Models that candidates are held against."""
+        return list(dict.fromkeys(t.reference for t in self.tasks if isinstance(t, Divergence)))
+
+    def files(self) -> dict[str, str]:
+        """Fingerprints of the files that scores depend on: texts, and where functions are written."""
+        files = {spec.text: fingerprint(spec.text) for spec in self._specs if spec.text is not None}
+        for spec in self._specs:
+            if spec.kind == "function" and (file := function_file(spec.name)):
+                files[spec.name] = fingerprint(file)
+        return files
+
+    def scores(self, outcomes: Outcomes) -> dict[str, float]:
+        """Return each task's score over the given outcomes."""
+        return {task.key: task.score(outcomes[task.key]) for task in self.tasks}
+
+    def objective(self, scores: Mapping[str, float]) -> float:
+        """Return the weighted sum, maximised: lower-is-better metrics count negative."""
+        return sum(task.sign * task.weight * scores[task.key] for task in self.tasks)
+
+
+def _key(spec: TaskSpec, task: ScoredTask, specs: Sequence[TaskSpec]) -> str:
+    """Name an entry: by its name alone where it stands once, else by what tells it from the others."""
+    same = [other for other in specs if other.name == spec.name]
+    if len(same) == 1:
+        return spec.name
+    parts = [spec.name]
+    if spec.kind in ("task", "perplexity"):
+        parts.append(f"{task.metric},{task.filter}")
+    for key in ("reference", "text"):
+        if len({getattr(other, key) for other in same}) > 1:
+            parts.append(getattr(spec, key))
+    return ":".join(parts)
+
+
+def _against_direction(field: str, spec: TaskSpec, task: ScoredTask) -> list[str]:
+    """Refuse a direction that is not the metric's own."""
+    own = "maximize" if task.higher_is_better else "minimize"
+    if spec.direction in (None, own):
+        return []
+    what = spec.name if task.metric == spec.name else f"{task.metric} of {spec.name}"
+    return [
+        f"{field}.direction is {spec.direction!r}, but {what} is better when it is "
+        f"{'higher' if task.higher_is_better else 'lower'}; remove direction"
+    ]
+
+
+def _scored(field: str, spec: TaskSpec, item: Loaded, leaves: tuple[Leaf, ...]) -> ScoredTask:
+    """Find the metric, filter and direction that an entry means.
+
+    Raises:
+        SearchFileError: the task has no such metric or filter, or the metric no direction.
+    """
+    metrics: list[str] = list(item.leaves[0].aggregation())
+    filters = [each.name for each in item.leaves[0]._filters]
+    weight_by_size = None
+    if item.group is not None:
+        aggregates = {each.metric: each for each in item.group.aggregate_metric_list or []}
+        metrics = list(aggregates)
+        if not metrics:
+            raise SearchFileError(
+                f"{field}.name is {spec.name!r}, a group without a score of its own; name its "
+                f"tasks: {', '.join(task.task_name for task in item.leaves[:8])}"
+            )
+    metric, _, filter_name = (spec.metric or metrics[0]).partition(",")
+    if item.group is not None and metric in metrics:
+        filters = aggregates[metric].filter_list or filters
+        weight_by_size = bool(aggregates[metric].weight_by_size)
+    filter_name = filter_name or filters[0]
+    # With a direction a metric may be meant that only shows in a task's results.
+    is_declared = metric in metrics or (spec.direction is not None and item.group is None)
+    # As in lm-eval, a group's score is that of the leaves that have the metric.
+    having = [leaf for leaf in leaves if _has(leaf, metric, filter_name, spec.direction is not None)]
+    if not is_declared or not having or filter_name not in filters:
+        known = ", ".join(f"{m},{f}" for m in metrics for f in filters)
+        raise SearchFileError(
+            f"{field}.metric is {spec.metric!r}; {spec.name} has no such metric, use one of: {known}"
+        )
+    if any(not leaf.documents["search"] for leaf in having):
+        raise SearchFileError(f"{field}.name is {spec.name!r}, which has no documents to search on")
+    return ScoredTask(
+        key=spec.name,
+        weight=spec.weight,
+        metric=metric,
+        filter=filter_name,
+        leaves=tuple(having),
+        higher_is_better=_is_higher_better(field, spec, metric, having),
+        weight_by_size=weight_by_size,
+    )
+
+
+def _has(leaf: Leaf, metric: str, filter_name: str, may_show_later: bool) -> bool:
+    names = [each.name for each in leaf.task._filters]
+    return filter_name in names and (metric in leaf.task.aggregation() or may_show_later)
+
+
+def _is_higher_better(field: str, spec: TaskSpec, metric: str, leaves: Sequence[Leaf]) -> bool:
+    """Return the metric's own direction, or the entry's where it has none."""
+    own: set[Any] = {leaf.task.higher_is_better().get(metric) for leaf in leaves}
+    if own == {None} and spec.direction is not None:
+        return spec.direction == "maximize"
+    if len(own) == 1 and None not in own:
+        return bool(own.pop())
+    what = f"{field}.metric is {metric!r}, for which {spec.name} "
+    if own == {None}:
+        raise SearchFileError(
+            f"{what}does not say whether higher or lower is better; add direction: maximize or "
+            f"minimize to the entry, or higher_is_better to the task's file"
+        )
+    raise SearchFileError(
+        f"{what}has leaves that differ in whether higher is better; name its tasks one by one"
+    )
