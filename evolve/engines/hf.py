@@ -1,71 +1,23 @@
-"""The `hf` engine: one resident Transformers model, answered through lm-eval's own HFLM.
-
-HFLM scores exactly as `lm_eval` does. What is changed is that texts are tokenised once a search
-instead of once a candidate.
-"""
+"""The `hf` engine: one resident Transformers model, asked through lm-eval's interface (hf_lm.py)."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from evolve.engines import EngineSettings
+from evolve.engines.hf_lm import ResidentLM
 from evolve.errors import SearchFileError
 from merge_core.errors import CheckpointError
 from merge_core.merge import load_merged
 from merge_core.plan import Sources, donor, model_alone
 from merge_core.recipe import Recipe
 from merge_core.resident import build_model, fill
-
-if TYPE_CHECKING:
-    import torch
-
-# Fixed, so that a document meets the same batch, and so the same rounding, in every run.
-DEFAULT_BATCH_SIZE = 64
-
-
-class ResidentLM(HFLM):  # type: ignore[misc]
-    """HFLM around a live model, with every text tokenised once."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, **options: Any) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
-        self._encode_pair = cache(super()._encode_pair)
-        self._tok_encode = cache(super().tok_encode)
-        self._tok_batch_encode = cache(super().tok_batch_encode)
-
-    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """Tokenise a text, or recall how it was tokenised."""
-        if not hasattr(self, "_tok_encode"):  # HFLM's constructor tokenises before it is done
-            return list(super().tok_encode(string, *args, **kwargs))
-        return list(self._tok_encode(string, *args, **kwargs))
-
-    def tok_batch_encode(
-        self, strings: Iterable[str], *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokenise and pad a batch of texts, or recall it; callers do not write into it."""
-        ids, mask = self._tok_batch_encode(tuple(strings), *args, **kwargs)
-        return ids, mask
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Score continuations; no progress bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Score whole texts; no progress bar."""
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Generate answers; no progress bar."""
-        return super().generate_until(requests, disable_tqdm=True)
 
 
 class HfEngine:
@@ -105,10 +57,9 @@ class HfEngine:
         """Return lm-eval's view of the model, with the tokenizer of a folder."""
         folder = tokenizer or self._settings.folder
         if folder not in self._lms:
-            options = {"batch_size": DEFAULT_BATCH_SIZE, **self._settings.options}
             tokenizer_there = load_tokenizer(folder, self._settings.trust_remote_code)
             try:
-                self._lms[folder] = ResidentLM(self.model, tokenizer_there, **options)
+                self._lms[folder] = ResidentLM(self.model, tokenizer_there, **self._settings.options)
             except (TypeError, ValueError) as error:
                 if not self._settings.options:
                     raise
