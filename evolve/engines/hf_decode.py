@@ -36,6 +36,8 @@ class StopCheck:
 
     def settled(self, answers: Sequence[list[int]]) -> list[bool]:
         """Tell for each answer, as token ids, whether its text is settled."""
+        if not answers:
+            return []
         tails = self._tokenizer.batch_decode(
             [answer[-self._window :] for answer in answers], skip_special_tokens=True
         )

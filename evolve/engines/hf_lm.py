@@ -119,8 +119,6 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         Without a `batch_size` of the user's one window at a time: the logits of a window of 8192
         tokens are 1.6 GB where the vocabulary is 49,152.
         """
-        if any(not request.args[0] for request in requests):
-            raise TrialEngineError("a text to be scored is empty; correct the task's data")
         usual = self.batch_size
         self.batch_size_per_gpu = self._rows_asked or 1
         try:
@@ -222,7 +220,10 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         decodes = self._decodes_plainly()
         for i, request in enumerate(requests):
             arguments = self._arguments(request)
-            (own if decodes and _is_greedy(arguments) else others).append(i)
+            # One more, where the tokenizer adds BOS to a batch and not to a text.
+            longest = len(self.tok_encode(request.args[0])) + 1 + arguments["max_gen_toks"]
+            is_own = decodes and _is_greedy(arguments) and longest <= self._reader.longest
+            (own if is_own else others).append(i)
         for members, answer in ((own, self._decode), (others, self._generate_as_hflm)):
             if members:
                 texts = answer([requests[i] for i in members])
@@ -240,8 +241,6 @@ class ResidentLM(HFLM):  # type: ignore[misc]
                 f"model's context ({self.max_length}); set it in the task's generation_kwargs, or raise "
                 f"scoring.engine.max_length"
             )
-        if not request.args[0]:
-            raise TrialEngineError(f"{request.task_name}: a prompt is empty; correct the task's data")
         return arguments
 
     def _decodes_plainly(self) -> bool:
@@ -285,7 +284,9 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             ids, mask = self.tok_batch_encode(contexts, left_truncate_len=self.max_length - n_new)
             for i, row, held in zip(members, ids, mask.bool(), strict=True):
                 prompts = asked.setdefault((until, n_new), {})
-                prompts.setdefault(tuple(row[held].tolist()), []).append(i)
+                # A prompt without tokens starts as lm-eval starts a text without context.
+                prompt = tuple(row[held].tolist()) or (self.prefix_token_id,)
+                prompts.setdefault(prompt, []).append(i)
         ends = _as_set(self.model.generation_config.eos_token_id)
         for (until, n_new), by_prompt in asked.items():
             check = StopCheck(self.tokenizer, until)
