@@ -241,11 +241,13 @@ def test_next_token_probabilities_are_those_of_a_plain_pass(shared_prefixes: boo
     with torch.no_grad():
         expected = [model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in prompts]
     wanted = [[prompt[-1], 3, 40] for prompt in prompts]
-    for found, tokens, logprobs in zip(ours.next_token_logprobs(prompts, wanted), wanted, expected):
+    for found, tokens, logprobs in zip(
+        ours.next_token_logprobs(prompts, wanted), wanted, expected, strict=True
+    ):
         assert found == pytest.approx({token: float(logprobs[token]) for token in tokens}, abs=1e-5)
-    for found, logprobs in zip(ours.next_token_logprobs(prompts, 4), expected):
+    for found, logprobs in zip(ours.next_token_logprobs(prompts, 4), expected, strict=True):
         best = logprobs.topk(4)
-        likeliest = dict(zip(best.indices.tolist(), best.values.tolist()))
+        likeliest = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         assert found == pytest.approx(likeliest, abs=1e-5)
     assert ours.next_token_logprobs([], 3) == []
 
