@@ -1,83 +1,58 @@
-"""The `hf` engine: one resident Transformers model, answered through lm-eval's own HFLM.
-
-HFLM scores exactly as `lm_eval` does. What is changed is that texts are tokenised once a search
-instead of once a candidate.
-"""
+"""The `hf` engine: one resident Transformers model, asked through lm-eval's interface (hf_lm.py)."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import inspect
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from evolve.engines import EngineSettings
-from evolve.errors import SearchFileError
-from merge_core.errors import CheckpointError
-from merge_core.merge import load_merged
+from evolve.engines.hf_lm import ResidentLM
+from evolve.errors import SearchFileError, TrialEngineError
+from merge_core.errors import CheckpointError, nearest
+from merge_core.merge import load_merged, merged_tensors
 from merge_core.plan import Sources, donor, model_alone
 from merge_core.recipe import Recipe
 from merge_core.resident import build_model, fill
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Mapping
 
-# Fixed, so that a document meets the same batch, and so the same rounding, in every run.
-DEFAULT_BATCH_SIZE = 64
-
-
-class ResidentLM(HFLM):  # type: ignore[misc]
-    """HFLM around a live model, with every text tokenised once."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, **options: Any) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
-        self._encode_pair = cache(super()._encode_pair)
-        self._tok_encode = cache(super().tok_encode)
-        self._tok_batch_encode = cache(super().tok_batch_encode)
-
-    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """Tokenise a text, or recall how it was tokenised."""
-        if not hasattr(self, "_tok_encode"):  # HFLM's constructor tokenises before it is done
-            return list(super().tok_encode(string, *args, **kwargs))
-        return list(self._tok_encode(string, *args, **kwargs))
-
-    def tok_batch_encode(
-        self, strings: Iterable[str], *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokenise and pad a batch of texts, or recall it; callers do not write into it."""
-        ids, mask = self._tok_batch_encode(tuple(strings), *args, **kwargs)
-        return ids, mask
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Score continuations; no progress bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Score whole texts; no progress bar."""
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Generate answers; no progress bar."""
-        return super().generate_until(requests, disable_tqdm=True)
+_GB = 1e9
 
 
 class HfEngine:
     """A Transformers model that stays in memory while its weights change.
 
-    `options` are HFLM's (batch_size, max_length, add_bos_token ...).
+    `options` are ResidentLM's: HFLM's own (batch_size, max_length, add_bos_token ...) and
+    `shared_prefixes`.
+
+    Raises:
+        SearchFileError: an option is not known.
+        TrialEngineError: the model does not fit into the device's memory.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.model = build_model(
-            settings.config, settings.folder, settings.device, settings.trust_remote_code
-        )
+        _check_options(settings.options)
+        try:
+            self.model = build_model(
+                settings.config, settings.folder, settings.device, settings.trust_remote_code
+            )
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            raise TrialEngineError(
+                f"the model does not fit into the memory of {settings.device} ({error!s:.200}); use "
+                f"dtype: bfloat16, a smaller model, or another --device"
+            ) from error
         self._settings = settings
         self._lms: dict[Path, ResidentLM] = {}
 
@@ -105,10 +80,9 @@ class HfEngine:
         """Return lm-eval's view of the model, with the tokenizer of a folder."""
         folder = tokenizer or self._settings.folder
         if folder not in self._lms:
-            options = {"batch_size": DEFAULT_BATCH_SIZE, **self._settings.options}
             tokenizer_there = load_tokenizer(folder, self._settings.trust_remote_code)
             try:
-                self._lms[folder] = ResidentLM(self.model, tokenizer_there, **options)
+                self._lms[folder] = ResidentLM(self.model, tokenizer_there, **self._settings.options)
             except (TypeError, ValueError) as error:
                 if not self._settings.options:
                     raise
@@ -117,6 +91,76 @@ class HfEngine:
                     f"({str(error)[:200]}), correct it"
                 ) from error
         return self._lms[folder]
+
+    def checksum(self) -> dict[str, int]:
+        """Digest each parameter's bytes, by the model's own names.
+
+        Returns:
+            64-bit digests; two engines of one model hold the same weights, bit for bit, if and only
+            if all of them agree.
+        """
+        return {name: _digest(parameter) for name, parameter in self.model.named_parameters()}
+
+    def verify(self, source: Iterable[tuple[str, Tensor]] | Recipe) -> list[str]:
+        """Compare the weights that the engine holds to the tensors of a merge, bit by bit.
+
+        Args:
+            source: the tensors by checkpoint name, or the recipe that makes them.
+
+        Returns:
+            A line for each difference; none where the engine holds exactly these tensors.
+        """
+        stream = merged_tensors(source) if isinstance(source, Recipe) else source
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        held |= dict(self.model.named_buffers(remove_duplicate=False))
+        prefix = f"{self.model.base_model_prefix}."
+        differences = []
+        for name, tensor in stream:
+            # A checkpoint of the bare decoder leaves out the prefix, or the model does.
+            place = held.get(name, held.get(prefix + name, held.get(name.removeprefix(prefix))))
+            if place is None:
+                differences.append(f"{name}: the engine holds no such tensor")
+            elif _digest(place) != _digest(tensor.to(place.dtype)):
+                differences.append(f"{name}: the engine holds other values")
+        return differences
+
+    def memory_gb(self) -> dict[str, float]:
+        """Return the memory of the weights, and on CUDA the most that answering took beside them.
+
+        In units of 10^9 bytes; "activations" counts from the first answer.
+        """
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+        }
+        weights = sum(storages.values()) / _GB
+        if self.model.device.type != "cuda":
+            return {"weights": weights}
+        peak = torch.cuda.max_memory_allocated(self.model.device) / _GB
+        return {"weights": weights, "activations": max(0.0, peak - weights)}
+
+
+def _digest(tensor: Tensor) -> int:
+    """Digest a tensor's bytes to 64 bits."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return int.from_bytes(hashlib.blake2b(content.data, digest_size=8).digest(), "big")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options that neither ResidentLM nor HFLM has; HFLM itself would ignore them."""
+    known = {
+        name
+        for where in (ResidentLM, HFLM)
+        for name in inspect.signature(where).parameters
+        if name not in ("model", "tokenizer", "pretrained", "options", "kwargs")
+    }
+    faults = [
+        f"scoring.engine has {name!r}, which the hf engine does not know; {nearest(name, known)}"
+        for name in options
+        if name not in known
+    ]
+    if faults:
+        raise SearchFileError(faults)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

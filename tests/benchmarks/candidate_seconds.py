@@ -1,23 +1,37 @@
 """Seconds per candidate on the testbed, split into merge, load and score, beside mergekit.
 
-    python tests/benchmarks/candidate_seconds.py TESTBED [--candidates 5] [--alone]
+    python tests/benchmarks/candidate_seconds.py TESTBED [--candidates 5] [--backends hf,vllm]
+        [--alone] [--json]
 
 One TIES merge of base + two 135M specialists in bfloat16, with other densities for every
 candidate. First the merge alone, in one process with sources kept, as in a search: with compiled
 loops and by torch without a compiler, each with its first candidate and the median of the next
-ones, beside two copies of one model's bytes: in place, and fresh, into memory newly taken. Then,
-without `--alone`, whole candidates, and mergekit 0.1.5 on the same recipe in the same run, called
-in process (its imports do not count), writing to a temporary folder.
+ones, beside two copies of one model's bytes: in place, and fresh, into memory newly taken.
+
+Then, without `--alone`, whole candidates on 2 tasks of 40 documents, for each backend in a process
+of its own. "bare" is the time inside the model's own passes in the same candidate: `forward` of the
+Transformers model, `forward` and `compute_logits` of the vLLM model. Overhead is everything else;
+the ratio is candidate / bare, and says more than seconds where a machine is shared. "later" are
+medians, "best" is the candidate with the least seconds.
+
+Last mergekit 0.1.5 on the same recipe in the same run, called in process (its imports do not
+count), writing to a temporary folder. What mergekit-evolve takes for a candidate is quoted from a
+measurement on another machine and not measured here.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +42,32 @@ from merge_core.merge import merged_tensors
 from merge_core.methods.compiled import is_compilable
 from merge_core.plan import Sources, merged_config
 from merge_core.recipe import Recipe
+
+# Seconds a candidate of mergekit-evolve 0.1.5 on disk, for the same search on another machine: with
+# --batch-size 16, its best setting, and by default.
+QUOTED_BEST, QUOTED_DEFAULT = 12.3, 27.9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Where one candidate's seconds went; `bare` are those inside the model's own passes."""
+
+    merge: float
+    load: float
+    score: float
+    bare: float
+
+    @property
+    def total(self) -> float:
+        return self.merge + self.load + self.score
+
+    @property
+    def overhead(self) -> float:
+        return self.total - self.bare
+
+    @property
+    def ratio(self) -> float:
+        return self.total / self.bare
 
 
 def config(testbed: Path, density: float) -> dict[str, Any]:
@@ -97,24 +137,69 @@ def mergekit_seconds(testbed: Path) -> float:
         return seconds(lambda: run_merge(parsed, out, options))
 
 
-def print_alone(testbed: Path, n: int) -> None:
-    """Measure and print the merge alone beside the copies."""
+def measure_alone(testbed: Path, n: int) -> dict[str, Any]:
+    """Measure the merge alone beside the copies, in seconds."""
     in_place, fresh = copies_seconds(testbed)
+    found: dict[str, Any] = {"copy_in_place": in_place, "copy_fresh": fresh}
+    if is_compilable(torch.empty(0)):
+        found["compiled loops"] = alone_seconds(testbed, n, True)
+    found["torch"] = alone_seconds(testbed, n, False)
+    return found
+
+
+def print_alone(found: dict[str, Any]) -> None:
+    """Print the merge alone beside the copies."""
+    in_place, fresh = found["copy_in_place"], found["copy_fresh"]
     print(f"copy of one model: in place {in_place:.3f} s, fresh {fresh:.3f} s")
     print(f"{'merge alone':<20}{'seconds':>9}{'/ in-place copy':>17}{'/ fresh copy':>14}")
-    ways = {"compiled loops": True, "torch": False}
-    if not is_compilable(torch.empty(0)):
+    if "compiled loops" not in found:
         print("no C compiler here")
-        del ways["compiled loops"]
-    for way, compiles in ways.items():
-        first, later = alone_seconds(testbed, n, compiles)
-        for which, taken in (("first", first), ("later", later)):
-            name = f"{way}, {which}"
-            print(f"{name:<20}{taken:>9.2f}{taken / in_place:>17.1f}{taken / fresh:>14.1f}")
+    for way in ("compiled loops", "torch"):
+        for which, taken in zip(("first", "later"), found.get(way, ()), strict=False):
+            print(f"{f'{way}, {which}':<20}{taken:>9.2f}{taken / in_place:>17.1f}{taken / fresh:>14.1f}")
 
 
-def print_whole(testbed: Path, n: int) -> None:
-    """Measure and print whole candidates beside mergekit."""
+class Stopwatch:
+    """Adds up the seconds inside the functions that it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, model: Any, name: str) -> None:
+        """Put a timed method in the place of a model's own."""
+        method = getattr(model, name)
+
+        @functools.wraps(method)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                found = method(*arguments, **options)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                return found
+            finally:
+                self.seconds += time.perf_counter() - began
+
+        setattr(model, name, timed)
+
+
+def time_passes(backend: str, engine: Any) -> Stopwatch:
+    """Time an engine's own passes from now on."""
+    watch = Stopwatch()
+    if backend == "hf":
+        watch.wrap(engine.model, "forward")
+        return watch
+
+    def wrap(model: Any) -> None:
+        watch.wrap(model, "forward")
+        watch.wrap(model, "compute_logits")
+
+    engine._llm.apply_model(wrap)
+    return watch
+
+
+def measure_whole(testbed: Path, backend: str, n: int) -> list[Candidate]:
+    """Measure whole candidates of one backend in this process: the first, and n more."""
     from evolve.engines import EngineSettings
     from evolve.search_file import ScoringSettings, TaskSpec
     from evolve.tasks import TaskSet
@@ -126,25 +211,50 @@ def print_whole(testbed: Path, n: int) -> None:
     scoring = ScoringSettings(limit=40, holdout=0, task_paths=[str(testbed / "tasks")])
     specs = (TaskSpec(name="tb_addition"), TaskSpec(name="tb_roman"))
     prompting = Prompting(str(testbed / "base"), False)
-    settings = EngineSettings(merged_config(first, sources), testbed / "base")
-    setup = WorkerSetup("hf", settings, specs, scoring, 0, prompting)
+    options = {"max_model_len": 256} if backend == "vllm" else {}
+    settings = EngineSettings(merged_config(first, sources), testbed / "base", options=options)
+    setup = WorkerSetup(backend, settings, specs, scoring, 0, prompting)
     worker = Worker(setup, TaskSet(specs, scoring, 0), sources)
+    watch = time_passes(backend, worker.engine)
 
-    def candidate(density: float) -> tuple[float, float, float]:
+    def candidate(density: float) -> Candidate:
         recipe = Recipe.parse(config(testbed, density))
+        watch.seconds = 0.0
         result = worker.evaluate(Job("0", "trial", recipe, ("search",), (prompting,)))
         assert result.failure is None, result.failure
-        return result.seconds.merge, result.seconds.load, result.seconds.score
+        took = result.seconds
+        return Candidate(took.merge, took.load, took.score, watch.seconds)
 
-    opening = candidate(0.5)
-    later = [candidate(density) for density in densities(n)]
-    merge, load, score = (statistics.median(part) for part in zip(*later, strict=True))
-    peer = mergekit_seconds(testbed)
-    print("whole candidates     merge    load   score")
-    print(f"first candidate     {opening[0]:6.2f}  {opening[1]:6.2f}  {opening[2]:6.2f}")
-    print(f"later, median       {merge:6.2f}  {load:6.2f}  {score:6.2f}")
-    print(f"mergekit 0.1.5      {peer:6.2f}       -       -")
-    print(f"mergekit / ours, merge and load: {peer / (merge + load):.1f}")
+    return [candidate(density) for density in (0.5, *densities(n))]
+
+
+def measure_in_another_process(testbed: Path, backend: str, n: int) -> list[Candidate]:
+    """The same, where no other engine's memory and threads are in the way."""
+    command = [sys.executable, __file__, str(testbed), "--candidates", str(n), "--measure", backend]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [Candidate(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+def print_whole(measured: dict[str, list[Candidate]], peer: float) -> None:
+    """Print whole candidates beside mergekit."""
+    print(f"{'whole candidates':<22}{'merge':>7}{'load':>7}{'score':>7}{'total':>7}{'bare':>7}", end="")
+    print(f"{'overhead':>10}{'total / bare':>14}")
+    for backend, (opening, *later) in measured.items():
+        names = ("merge", "load", "score", "total", "bare", "overhead", "ratio")
+        medians = [statistics.median(getattr(one, name) for one in later) for name in names]
+        best = min(later, key=lambda one: one.total)
+        for which, figures in (
+            ("first", [getattr(opening, name) for name in names]),
+            ("later", medians),
+            ("best", [getattr(best, name) for name in names]),
+        ):
+            row = "".join(f"{figure:>7.2f}" for figure in figures[:5])
+            print(f"{f'{backend}, {which}':<22}{row}{figures[5]:>10.2f}{figures[6]:>14.2f}")
+    print(f"{'mergekit 0.1.5':<22}{peer:>7.2f}")
+    print(
+        f"mergekit-evolve 0.1.5 took {QUOTED_BEST} s a candidate at its best setting and "
+        f"{QUOTED_DEFAULT} s by default, measured on another machine"
+    )
 
 
 def main() -> None:
@@ -152,13 +262,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("testbed", type=Path)
     parser.add_argument("--candidates", type=int, default=5, help="how many after the first")
+    parser.add_argument("--backends", default="hf,vllm", help="engines of the whole candidates")
     parser.add_argument("--alone", action="store_true", help="only the merge alone and the copies")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--measure", metavar="BACKEND", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    testbed = arguments.testbed.resolve()
-    print(f"threads {torch.get_num_threads()}")
-    print_alone(testbed, arguments.candidates)
+    testbed, n = arguments.testbed.resolve(), arguments.candidates
+    if arguments.measure:
+        print("\n" + json.dumps([asdict(one) for one in measure_whole(testbed, arguments.measure, n)]))
+        return
+    alone = measure_alone(testbed, n)
+    if not arguments.json:
+        print(f"threads {torch.get_num_threads()}")
+        print_alone(alone)
+    measured, peer = {}, None
     if not arguments.alone:
-        print_whole(testbed, arguments.candidates)
+        for backend in arguments.backends.split(","):
+            measured[backend] = measure_in_another_process(testbed, backend, n)
+        peer = mergekit_seconds(testbed)
+        if not arguments.json:
+            print_whole(measured, peer)
+    if arguments.json:
+        whole = {
+            backend: [
+                {**asdict(one), "total": one.total, "overhead": one.overhead, "ratio": one.ratio}
+                for one in candidates
+            ]
+            for backend, candidates in measured.items()
+        }
+        quoted = {"best": QUOTED_BEST, "default": QUOTED_DEFAULT}
+        found = {"threads": torch.get_num_threads(), "alone": alone, "whole": whole, "mergekit": peer}
+        print(json.dumps({**found, "quoted_mergekit_evolve": quoted}))
 
 
 if __name__ == "__main__":
