@@ -161,8 +161,8 @@ class VllmEngine:
             return list(self._llm.collective_rpc(method, args=arguments))
         except Exception as error:
             raise TrialEngineError(
-                f"a rank of the vLLM engine has died ({type(error).__name__}: {error!s:.200}); what it said "
-                f"is above; run the same command again, it resumes"
+                f"a rank of the vLLM engine has died ({type(error).__name__}: {error!s:.200}); what "
+                f"it said is above; run the same command again, it resumes"
             ) from error
 
     def verify(self, source: Iterable[tuple[str, Tensor]] | Recipe) -> list[str]:

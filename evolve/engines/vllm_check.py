@@ -41,7 +41,7 @@ def live_values(model: Module) -> Iterator[tuple[str, Tensor]]:
                 yield packed, _comparable(_packed_weight(module))
 
 
-def weight_bytes(model: Module) -> int:
+def weight_bytes(model: Any) -> int:
     """Count the bytes of all parameters and of the packed copies, shared ones once."""
     storages: dict[int, int] = {}
     packed: dict[int, int] = {}
@@ -116,14 +116,14 @@ class _Check:
     def __init__(self) -> None:
         self.current = ""
         self.lines: list[str] = []
-        self._done: set[Module] = set()
+        self._done: set[Any] = set()
 
     def following(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass tensors on, noting which one is being loaded."""
         for self.current, tensor in stream:
             yield self.current, tensor
 
-    def layer(self, layer_name: str, layer: Module, info: Any) -> None:
+    def layer(self, layer_name: str, layer: Any, info: Any) -> None:
         """Load a layer's tensors into empty twins of its parameters, and compare with the live ones."""
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -157,7 +157,7 @@ class _Check:
         if n_wrong:
             self.lines.append(f"{source}: {n_wrong} of {expected.numel()} entries differ in {where}")
 
-    def tied_heads(self, names: dict[Module, str]) -> None:
+    def tied_heads(self, names: dict[Any, str]) -> None:
         """Check packed copies that no tensor was for: they must be of the weight beside them."""
         for layer, name in names.items():
             if layer not in self._done and _is_packed(layer) and layer.weight.numel():
@@ -169,7 +169,7 @@ class _Check:
                     )
 
 
-def _live(layer: Module, name: str) -> list[Tensor]:
+def _live(layer: Any, name: str) -> list[Tensor]:
     """Return what a layer computes with under a parameter's name; empty where it cannot be read."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -186,12 +186,12 @@ def _live(layer: Module, name: str) -> list[Tensor]:
     return live
 
 
-def _is_packed(layer: Module) -> bool:
+def _is_packed(layer: Any) -> bool:
     """Tell whether a layer multiplies with a packed copy of its weight."""
     return hasattr(layer, "cpu_linear") and layer.weight.dim() < 3
 
 
-def _shape(layer: Module) -> tuple[int, int]:
+def _shape(layer: Any) -> tuple[int, int]:
     """Rows and columns of this rank's share of a linear or embedding weight."""
     if layer.weight.dim() == 2:
         rows, columns = layer.weight.shape
@@ -201,7 +201,7 @@ def _shape(layer: Module) -> tuple[int, int]:
     )
 
 
-def _packed_weight(layer: Module) -> Tensor:
+def _packed_weight(layer: Any) -> Tensor:
     """Recover a packed weight, [rows, columns], by multiplying it with the identity."""
     rows, columns = _shape(layer)
     weight = torch.empty(rows, columns, dtype=layer.weight.dtype)
@@ -221,7 +221,7 @@ def _comparable(values: Tensor) -> Tensor:
     return torch.where(values.abs() < tiny, torch.zeros_like(values), values)
 
 
-def _empty_bias(layer: Module) -> None:
+def _empty_bias(layer: Any) -> None:
     """Put a twin in the place of a bias, which vLLM would otherwise overwrite at once."""
     bias = layer._parameters.get("bias")
     if bias is not None and not bias.is_meta:

@@ -369,7 +369,8 @@ class VllmLM(TemplateLM):  # type: ignore[misc]
         if not 0 < n_most < self.max_length:
             raise TrialEngineError(
                 f"generation_kwargs.max_gen_toks is {n_most}; it must be from 1 to "
-                f"{self.max_length - 1}, which leaves room for the prompt; change it or scoring.engine.max_model_len"
+                f"{self.max_length - 1}, which leaves room for the prompt; change it or "
+                f"scoring.engine.max_model_len"
             )
         bos = {"add_special_tokens": False} if has_bos_prefix(text, self.tokenizer.bos_token) else {}
         prompt = list(self._encode(text, tuple(bos.items())))[-(self.max_length - n_most) :]

@@ -124,7 +124,7 @@ class MergeWorker:
 
         digests = {}
         for name, values in live_values(self.model_runner.get_model()):
-            content = values.contiguous().view(torch.uint8).cpu().numpy()
+            content = values.contiguous().view(torch.uint8).cpu().numpy().tobytes()
             digests[name] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
         return digests
 
