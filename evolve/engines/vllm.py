@@ -104,6 +104,9 @@ class VllmEngine:
                 worker_extension_cls=f"{MergeWorker.__module__}.{MergeWorker.__qualname__}",
                 **options,
             )
+            # What the model cannot compute here shows with the first token, not before.
+            first = vllm.SamplingParams(max_tokens=1, detokenize=False)
+            self._llm.generate([{"prompt_token_ids": [0]}], first, use_tqdm=False)
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """Reload the weights in place, and forget cached prefixes of the last candidate.

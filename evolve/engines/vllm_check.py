@@ -55,7 +55,7 @@ def weight_bytes(model: Any) -> int:
     return sum(storages.values()) + sum(packed.values())
 
 
-def differences(model: Module, model_config: Any, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
+def differences(model: Any, model_config: Any, stream: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Compare what the model computes with to checkpoint tensors; the weights stay as they are.
 
     Args:

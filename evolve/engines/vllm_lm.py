@@ -400,7 +400,7 @@ class VllmLM(TemplateLM):  # type: ignore[misc]
                 detokenize=bool(stops),
                 **values,
             )
-        except (ValueError, TypeError) as error:
+        except Exception as error:
             raise TrialEngineError(
                 f"vLLM refuses the task's generation_kwargs ({str(error).splitlines()[0]:.200}); change "
                 f"them or use --backend hf"

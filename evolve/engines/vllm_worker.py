@@ -103,8 +103,9 @@ class MergeWorker:
             stream = _Broken(merged_tensors(recipe, self._evolve_sources, device=self.device))
             self._reload(stream)
         except Exception as error:
-            kind = "engine" if stream is not None and stream.error is None else "merge"
-            report.failure = (kind, f"{type(error).__name__}: {error}")
+            is_merged = stream is not None and stream.error is None
+            kind, doing = ("engine", "loading the merged weights") if is_merged else ("merge", "merging")
+            report.failure = (kind, f"{doing}: {type(error).__name__}: {error}")
         report.merge_s = stream.waited_s if stream else 0.0
         report.load_s = time.perf_counter() - began - report.merge_s
         return report

@@ -1,4 +1,4 @@
-"""A real vLLM engine on CPU with tiny models: weights, requests, sampling, refusals."""
+"""A real vLLM engine on CPU with tiny tied_pair: weights, requests, sampling, refusals."""
 
 import importlib.util
 import json
@@ -20,7 +20,6 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.vllm
-ROOT = Path(__file__).resolve().parents[2]
 MAX_MODEL_LEN = 96
 
 
@@ -31,74 +30,48 @@ class Request:
     args: tuple[Any, ...]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tiny tied Llamas in float32 whose embeddings differ, with the quickstart's tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs/quickstart/models/base")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
-
-
-def settings(models: Path, **options: Any) -> EngineSettings:
-    recipe = model_alone(str(models / "a"))
+def settings(tied_pair: Path, **options: Any) -> EngineSettings:
+    recipe = model_alone(str(tied_pair / "a"))
     options = {"max_model_len": MAX_MODEL_LEN, "kv_cache_memory_bytes": 1 << 26, **options}
-    return EngineSettings(merged_config(recipe, Sources()), models / "a", options=options)
+    return EngineSettings(merged_config(recipe, Sources()), tied_pair / "a", options=options)
 
 
 @pytest.fixture(scope="module")
-def engine(models: Path) -> Iterator[Any]:
+def engine(tied_pair: Path) -> Iterator[Any]:
     """One engine for all tests here; a test loads what it needs."""
     from evolve.engines.vllm import VllmEngine
 
-    running = VllmEngine(settings(models))
+    running = VllmEngine(settings(tied_pair))
     yield running
     running.close()
 
 
 @pytest.fixture(scope="module")
-def hf_lm(models: Path) -> Any:
+def hf_lm(tied_pair: Path) -> Any:
     """The same model in the hf engine, which is shown as many tokens."""
     from evolve.engines.hf import HfEngine
 
     running = HfEngine(
         EngineSettings(
-            merged_config(model_alone(str(models / "a")), Sources()),
-            models / "a",
+            merged_config(model_alone(str(tied_pair / "a")), Sources()),
+            tied_pair / "a",
             options={"max_length": MAX_MODEL_LEN - 1, "batch_size": 1},
         )
     )
-    running.load(tensors(models, "a"))
+    running.load(tensors(tied_pair, "a"))
     return running.lm()
 
 
-def tensors(models: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    return merged_tensors(model_alone(str(models / name)), Sources())
+def tensors(tied_pair: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    return merged_tensors(model_alone(str(tied_pair / name)), Sources())
 
 
-def blend(models: Path, weight: float) -> Recipe:
+def blend(tied_pair: Path, weight: float) -> Recipe:
     sources = [
-        {"model": str(models / name), "parameters": {"weight": share}}
+        {"model": str(tied_pair / name), "parameters": {"weight": share}}
         for name, share in (("a", 1 - weight), ("b", weight))
     ]
-    return Recipe.parse({"merge_method": "linear", "models": sources, "dtype": "float32"})
+    return Recipe.parse({"merge_method": "linear", "tied_pair": sources, "dtype": "float32"})
 
 
 def likelihoods(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -111,22 +84,22 @@ OPTIONS = ("a", "b", "abc", "abd", "ab", "cab says no")
 PAIRS = [(QUESTION, option) for option in OPTIONS] + [("x", "yz"), ("", "abc")]
 
 
-def test_nothing_is_answered_before_a_candidate_is_loaded(models: Path, engine: Any) -> None:
+def test_nothing_is_answered_before_a_candidate_is_loaded(tied_pair: Path, engine: Any) -> None:
     with pytest.raises(TrialEngineError, match="holds nothing"):
         likelihoods(engine.lm(), PAIRS)
 
 
-def test_options_are_scored_as_hf_scores_them(models: Path, engine: Any, hf_lm: Any) -> None:
-    engine.load(tensors(models, "a"))
+def test_options_are_scored_as_hf_scores_them(tied_pair: Path, engine: Any, hf_lm: Any) -> None:
+    engine.load(tensors(tied_pair, "a"))
     for ours, theirs in zip(likelihoods(engine.lm(), PAIRS), likelihoods(hf_lm, PAIRS), strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=2e-4)
         assert ours[1] == theirs[1]
 
 
 def test_contexts_and_options_beyond_the_engines_length_are_cut_as_hf_cuts_them(
-    models: Path, engine: Any, hf_lm: Any
+    tied_pair: Path, engine: Any, hf_lm: Any
 ) -> None:
-    engine.load(tensors(models, "a"))
+    engine.load(tensors(tied_pair, "a"))
     long = QUESTION * 4
     pairs = [(long, "a"), (long, "abc"), ("x", long[: MAX_MODEL_LEN // 2]), (long, long[:60])]
     for ours, theirs in zip(likelihoods(engine.lm(), pairs), likelihoods(hf_lm, pairs), strict=True):
@@ -141,9 +114,9 @@ def test_contexts_and_options_beyond_the_engines_length_are_cut_as_hf_cuts_them(
 
 
 def test_one_request_a_question_and_one_for_options_that_share_all_but_the_end(
-    models: Path, engine: Any
+    tied_pair: Path, engine: Any
 ) -> None:
-    engine.load(tensors(models, "a"))
+    engine.load(tensors(tied_pair, "a"))
     lm = engine.lm()
     before = lm.n_requests
     single = [(f"question {i}", option) for i in range(7) for option in "abcd"]
@@ -153,9 +126,9 @@ def test_one_request_a_question_and_one_for_options_that_share_all_but_the_end(
     assert lm.n_requests - before == 8
 
 
-def test_options_with_more_than_a_block_in_common(models: Path, engine: Any, hf_lm: Any) -> None:
+def test_options_with_more_than_a_block_in_common(tied_pair: Path, engine: Any, hf_lm: Any) -> None:
     """The prefix cache then holds rows that are wanted; they must be computed all the same."""
-    engine.load(tensors(models, "a"))
+    engine.load(tensors(tied_pair, "a"))
     stem = "the same words at first, forty or so letters, "
     pairs = [(QUESTION[:20], stem + ending) for ending in ("one", "two", "three")]
     for _ in range(2):
@@ -163,8 +136,8 @@ def test_options_with_more_than_a_block_in_common(models: Path, engine: Any, hf_
             assert ours[0] == pytest.approx(theirs[0], abs=1e-3)
 
 
-def test_generation_is_that_of_hf(models: Path, engine: Any, hf_lm: Any) -> None:
-    engine.load(tensors(models, "a"))
+def test_generation_is_that_of_hf(tied_pair: Path, engine: Any, hf_lm: Any) -> None:
+    engine.load(tensors(tied_pair, "a"))
     requests = [
         Request((text, arguments))
         for text in ("abc", QUESTION, QUESTION * 4)
@@ -182,8 +155,8 @@ def test_generation_is_that_of_hf(models: Path, engine: Any, hf_lm: Any) -> None
     assert len(engine.lm().tok_encode(endless[0])) <= 90
 
 
-def test_drawn_answers_depend_on_the_request_alone(models: Path, engine: Any) -> None:
-    engine.load(tensors(models, "a"))
+def test_drawn_answers_depend_on_the_request_alone(tied_pair: Path, engine: Any) -> None:
+    engine.load(tensors(tied_pair, "a"))
     drawn = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.5, "top_p": 0.9}
     requests = [Request((text, drawn)) for text in ("abc", "abc", "abd", QUESTION)]
     first = engine.lm().generate_until(requests)
@@ -204,21 +177,21 @@ def test_drawn_answers_depend_on_the_request_alone(models: Path, engine: Any) ->
     ],
 )
 def test_what_the_engine_cannot_generate_is_said(
-    models: Path, engine: Any, arguments: dict[str, Any], told: str
+    tied_pair: Path, engine: Any, arguments: dict[str, Any], told: str
 ) -> None:
-    engine.load(tensors(models, "a"))
+    engine.load(tensors(tied_pair, "a"))
     with pytest.raises(TrialEngineError, match=told):
-        engine.lm().generate_until([Request(("abc", {"until": [], **arguments}))])
+        engine.lm().generate_until([Request(("abc", {"until": [], "max_gen_toks": 5, **arguments}))])
     assert engine.lm().generate_until([Request(("abc", {"until": [], "max_gen_toks": 3}))])
 
 
-def test_next_token_logprobs_are_those_of_transformers(models: Path, engine: Any) -> None:
+def test_next_token_logprobs_are_those_of_transformers(tied_pair: Path, engine: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    engine.load(tensors(models, "a"))
+    engine.load(tensors(tied_pair, "a"))
     lm = engine.lm()
     prompts = [lm.tok_encode(text) for text in (QUESTION, "abc")]
-    reference = AutoModelForCausalLM.from_pretrained(models / "a", dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(tied_pair / "a", dtype=torch.float32)
     everything = list(range(reference.config.vocab_size))
     likeliest = lm.next_token_logprobs(prompts, 3)
     wanted = lm.next_token_logprobs(prompts, [everything, [5]])
@@ -230,12 +203,12 @@ def test_next_token_logprobs_are_those_of_transformers(models: Path, engine: Any
             assert value == pytest.approx(expected[token].item(), abs=2e-4)
 
 
-def test_a_tokenizer_without_special_tokens(models: Path, engine: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_without_special_tokens(tied_pair: Path, engine: Any, tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     bare = tmp_path / "bare"
-    PreTrainedTokenizerFast(tokenizer_file=str(models / "a/tokenizer.json")).save_pretrained(bare)
-    engine.load(tensors(models, "a"))
+    PreTrainedTokenizerFast(tokenizer_file=str(tied_pair / "a/tokenizer.json")).save_pretrained(bare)
+    engine.load(tensors(tied_pair, "a"))
     lm = engine.lm(bare)
     assert lm.tokenizer.eos_token_id is None
     assert likelihoods(lm, [("x", "yz")])[0][0] < 0
@@ -251,20 +224,20 @@ def test_a_tokenizer_without_special_tokens(models: Path, engine: Any, tmp_path:
         likelihoods(lm, [("x", "")])
 
 
-def test_the_51st_candidate_equals_a_fresh_engine(models: Path, engine: Any) -> None:
+def test_the_51st_candidate_equals_a_fresh_engine(tied_pair: Path, engine: Any) -> None:
     """No answer comes from an old prefix, no weight from an old candidate."""
     from evolve.engines.vllm import VllmEngine
 
     sources = Sources(keep=True)
     for i in range(50):
-        engine.load(merged_tensors(blend(models, i / 50), sources))
+        engine.load(merged_tensors(blend(tied_pair, i / 50), sources))
         likelihoods(engine.lm(), PAIRS[:2])
-    last = blend(models, 0.77)
+    last = blend(tied_pair, 0.77)
     engine.load(merged_tensors(last, sources))
     generation = [Request((text, {"until": [], "max_gen_toks": 30})) for text in (QUESTION, "abc")]
     answers = (likelihoods(engine.lm(), PAIRS), engine.lm().generate_until(generation))
     assert engine.verify(last) == []
-    fresh = VllmEngine(settings(models))
+    fresh = VllmEngine(settings(tied_pair))
     try:
         fresh.load(merged_tensors(last, sources))
         assert fresh.checksum() == engine.checksum()
@@ -273,29 +246,29 @@ def test_the_51st_candidate_equals_a_fresh_engine(models: Path, engine: Any) -> 
         fresh.close()
 
 
-def test_a_swapped_tensor_is_found(models: Path, engine: Any) -> None:
-    swapped = dict(tensors(models, "a"))
+def test_a_swapped_tensor_is_found(tied_pair: Path, engine: Any) -> None:
+    swapped = dict(tensors(tied_pair, "a"))
     one, other = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
     swapped[one], swapped[other] = swapped[other], swapped[one]
     engine.load(swapped.items())
-    found = engine.verify(tensors(models, "a"))
+    found = engine.verify(tensors(tied_pair, "a"))
     assert [line.split(":")[0] for line in found] == [one, other]
-    engine.load(tensors(models, "a"))
-    assert engine.verify(tensors(models, "a")) == []
+    engine.load(tensors(tied_pair, "a"))
+    assert engine.verify(tensors(tied_pair, "a")) == []
 
 
-def test_a_head_that_kept_its_old_weights_is_found(models: Path, engine: Any) -> None:
+def test_a_head_that_kept_its_old_weights_is_found(tied_pair: Path, engine: Any) -> None:
     """What vLLM's own reload leaves behind in a tied model on CPU."""
-    engine.load(tensors(models, "a"))
-    engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors(models, "b")})
-    assert [line.split(":")[0] for line in engine.verify(tensors(models, "b"))] == ["lm_head.weight"]
+    engine.load(tensors(tied_pair, "a"))
+    engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors(tied_pair, "b")})
+    assert [line.split(":")[0] for line in engine.verify(tensors(tied_pair, "b"))] == ["lm_head.weight"]
 
 
-def test_a_candidate_that_cannot_be_loaded_leaves_nothing_behind(models: Path, engine: Any) -> None:
-    engine.load(tensors(models, "b"))
+def test_a_candidate_that_cannot_be_loaded_leaves_nothing_behind(tied_pair: Path, engine: Any) -> None:
+    engine.load(tensors(tied_pair, "b"))
 
     def broken() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors(models, "b"):
+        for name, tensor in tensors(tied_pair, "b"):
             if name.endswith("layers.1.self_attn.v_proj.weight"):
                 raise ValueError("no such tensor")
             yield name, tensor
@@ -304,14 +277,14 @@ def test_a_candidate_that_cannot_be_loaded_leaves_nothing_behind(models: Path, e
         engine.load(broken())
     with pytest.raises(TrialEngineError, match="could not be loaded"):
         likelihoods(engine.lm(), PAIRS)
-    incomplete = [(name, t) for name, t in tensors(models, "b") if "layers.1.mlp" not in name]
+    incomplete = [(name, t) for name, t in tensors(tied_pair, "b") if "layers.1.mlp" not in name]
     with pytest.raises(ValueError, match="in no tensor of the merge"):
         engine.load(incomplete)
-    engine.load(tensors(models, "a"))
-    assert engine.verify(tensors(models, "a")) == []
+    engine.load(tensors(tied_pair, "a"))
+    assert engine.verify(tensors(tied_pair, "a")) == []
 
 
-def test_memory_is_known(models: Path, engine: Any) -> None:
+def test_memory_is_known(tied_pair: Path, engine: Any) -> None:
     held = engine.memory_gb()
     assert held["weights"] > 1e-5
     assert held["kv_cache"] == pytest.approx(0.067, rel=0.2)
@@ -329,21 +302,21 @@ def test_memory_is_known(models: Path, engine: Any) -> None:
     ],
 )
 def test_an_engine_that_cannot_start_names_the_setting(
-    models: Path, options: dict[str, Any], told: str
+    tied_pair: Path, options: dict[str, Any], told: str
 ) -> None:
     from evolve.engines.vllm import VllmEngine
 
     with pytest.raises(SearchFileError) as caught:
-        VllmEngine(settings(models, **options))
+        VllmEngine(settings(tied_pair, **options))
     (line,) = caught.value.faults
     assert told in line
     assert "\n" not in line
 
 
-def test_an_architecture_that_vllm_does_not_know(models: Path, tmp_path: Path) -> None:
+def test_an_architecture_that_vllm_does_not_know(tied_pair: Path, tmp_path: Path) -> None:
     from evolve.engines.vllm import VllmEngine
 
-    config = json.loads((models / "a/config.json").read_text())
+    config = json.loads((tied_pair / "a/config.json").read_text())
     config |= {"architectures": ["NobodysForCausalLM"], "model_type": "nobody"}
     with pytest.raises(TrialEngineError, match="--backend hf"):
-        VllmEngine(EngineSettings(config, models / "a"))
+        VllmEngine(EngineSettings(config, tied_pair / "a"))
