@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What a worker needs of an engine."""
+    """What a worker needs of an engine.
+
+    One whose ranks merge for themselves has `merges_itself` true, and `load_recipe(recipe)` in
+    place of `load`.
+    """
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights in place; consumes the whole stream."""

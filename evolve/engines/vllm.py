@@ -1,43 +1,59 @@
-"""The `vllm` engine: one resident vLLM engine in this process, its weights reloaded in place.
+"""The `vllm` engine: one resident vLLM engine, its weights reloaded in place.
 
-lm-eval's own VLLM class builds a new engine each time and refuses the CPU build, so the adapter
-between lm-eval's requests and `vllm.LLM` is ours. It sends one request a question where the
-options of a multiple choice are single tokens.
+With one rank everything runs in this process and the merged tensors go straight from the merge into
+the model. With tensor parallelism each rank is a process that merges for itself and keeps its own
+shard (vllm_worker.py). lm-eval's requests are answered by vllm_lm.py.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # The engine core in this process: weights reach it without being pickled.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
+import torch
 import vllm
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from vllm.engine.arg_utils import EngineArgs
 
 from evolve.engines import EngineSettings
 from evolve.engines.hf import load_tokenizer
-from evolve.errors import SearchFileError, TrialEngineError
-from merge_core.architecture import is_embedding
+from evolve.engines.vllm_lm import VllmLM
+from evolve.engines.vllm_worker import MergeWorker, RankReport
+from evolve.errors import SearchFileError, TrialEngineError, TrialError, TrialMergeError
 from merge_core.checkpoint.write import copy_tokenizer
+from merge_core.errors import nearest
+from merge_core.recipe import Recipe
 
-Tokens = tuple[tuple[str, str] | None, list[int], list[int]]
-DEFAULT_MAX_GEN_TOKS = 256
+# Options that would make the engine another one than the search needs, and why.
+_OURS = {
+    "model": "the engine holds the recipe's merge",
+    "tokenizer": "the engine takes the merge's tokenizer",
+    "skip_tokenizer_init": "stop sequences need the tokenizer",
+    "load_format": "the weights come from the merge",
+    "hf_overrides": "the configuration is that of the merge",
+    "quantization": "the weights that are scored are those that are shipped",
+    "worker_extension_cls": "the engine's own takes its place",
+    "data_parallel_size": "use --workers for more engines",
+    "logprobs_mode": "scores are log-probabilities of the model itself",
+    "runner": "the engine has to generate",
+    "trust_remote_code": "use --trust-remote-code",
+    "dtype": "the engine runs in the recipe's dtype; change dtype there",
+}
+DEFAULT_KV_CACHE_BYTES = 1 << 30
+# On CPU vLLM takes 128; prompts share whole blocks only, and most are shorter.
+_CPU_BLOCK_TOKENS = 32
 
 
 class VllmEngine:
@@ -45,236 +61,280 @@ class VllmEngine:
 
     `options` go to `vllm.LLM` as they are.
 
+    Attributes:
+        merges_itself: whether the ranks merge on their own (`load_recipe`); `load` is then refused.
+
     Raises:
+        SearchFileError: an option is unknown or contradicts what the search needs.
         SearchFileError, TrialEngineError: vLLM cannot start with this model and these options.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        _check_options(settings.options)
         self._settings = settings
         on_cpu = settings.device == "cpu"
         # Left to itself vLLM runs float32 models in 16 bits.
         dtype = settings.config.get("dtype") or settings.config.get("torch_dtype") or "float32"
-        options = {"enforce_eager": on_cpu, "dtype": dtype, **settings.options}
+        options = {
+            "enforce_eager": on_cpu,
+            "dtype": dtype,
+            "max_logprobs": -1,
+            **(_cpu_defaults() if on_cpu else {}),
+            **settings.options,
+        }
+        n_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+        self.merges_itself = n_ranks > 1
+        if self.merges_itself and on_cpu:
+            _give_each_rank_its_cores(n_ranks)
+        # vLLM reads configuration and tokenizer from a folder; the weights come with each candidate.
         self._folder = tempfile.TemporaryDirectory(prefix="evolve-vllm-")
-        # vLLM reads config and tokenizer from a folder; the weights come with the first candidate.
         folder = Path(self._folder.name)
-        config = dict(settings.config)
-        self._unties_head = _has_stale_head(config)
-        if self._unties_head:
-            config["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(settings.config))
         copy_tokenizer(settings.folder, folder)
-        try:
+        if (settings.folder / "generation_config.json").is_file():
+            shutil.copy(settings.folder / "generation_config.json", folder)
+        self._holds = "nothing"
+        self._lms: dict[Path, VllmLM] = {}
+        with _quiet(), _reported(settings.options):
             self._llm = vllm.LLM(
                 model=str(folder),
                 load_format="dummy",
                 trust_remote_code=settings.trust_remote_code,
                 disable_log_stats=True,
+                worker_extension_cls=f"{MergeWorker.__module__}.{MergeWorker.__qualname__}",
                 **options,
             )
-        except (ValueError, RuntimeError, TypeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            # With options of the user's they are the likelier cause.
-            kind = SearchFileError if settings.options else TrialEngineError
-            raise kind(
-                f"scoring.engine: vLLM cannot start with this model ({reason:.300}); change "
-                f"max_model_len, gpu_memory_utilization or another setting there, or use --backend hf"
-            ) from error
-        self._lms: dict[Path, VllmLM] = {}
+            # What the model cannot compute here shows with the first token, not before.
+            first = vllm.SamplingParams(max_tokens=1, detokenize=False)
+            self._llm.generate([{"prompt_token_ids": [0]}], first, use_tqdm=False)
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        """Reload the weights in place, and forget cached prefixes of the last candidate."""
-        weights = _with_head(stream) if self._unties_head else iter(stream)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        """Reload the weights in place, and forget cached prefixes of the last candidate.
+
+        Raises:
+            TrialEngineError: the stream does not fit the model, or the ranks merge for themselves.
+            Exception: whatever the stream raises. The engine then answers nothing until the next load.
+        """
+        if self.merges_itself:
+            raise TrialEngineError("an engine of several ranks takes recipes (load_recipe), no stream")
+        self._change(lambda: self._on_ranks("evolve_load", stream))
+
+    def load_recipe(self, recipe: Recipe) -> tuple[float, float]:
+        """Have every rank merge the recipe and load its share.
+
+        Returns:
+            Seconds that the slowest rank waited for merged tensors, and its other seconds.
+
+        Raises:
+            TrialMergeError: the recipe cannot be merged.
+            TrialEngineError: the merge does not fit the model, or a rank has died.
+        """
+        reports: list[RankReport] = []
+
+        def merge() -> None:
+            reports.extend(self._on_ranks("evolve_merge", recipe.as_config()))
+            failures = [report.failure for report in reports if report.failure]
+            if failures:
+                kind, text = failures[0]
+                raise (TrialMergeError if kind == "merge" else TrialEngineError)(text)
+
+        self._change(merge)
+        slowest = max(reports, key=lambda report: report.merge_s + report.load_s)
+        return slowest.merge_s, slowest.load_s
+
+    def _change(self, change: Callable[[], object]) -> None:
+        """Change the weights; until that is complete nothing is answered."""
+        self._holds = "a candidate that could not be loaded"
+        change()
         # vLLM keys its prefix cache on tokens, not on weights.
         if not self._llm.reset_prefix_cache():
             raise TrialEngineError("vLLM kept cached prefixes of the previous candidate")
+        self._holds = ""
+
+    def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of MergeWorker on every rank.
+
+        Raises:
+            TrialEngineError: a rank has died.
+            Exception: with one rank, what the method raises.
+        """
+        if not self.merges_itself:
+            return list(self._llm.collective_rpc(method, args=arguments))
+        try:
+            return list(self._llm.collective_rpc(method, args=arguments))
+        except Exception as error:
+            raise TrialEngineError(
+                f"a rank of the vLLM engine has died ({type(error).__name__}: {error!s:.200}); what "
+                f"it said is above; run the same command again, it resumes"
+            ) from error
+
+    def verify(self, source: Iterable[tuple[str, Tensor]] | Recipe) -> list[str]:
+        """Compare what the engine computes with to the tensors of a merge, value by value.
+
+        What is read back is what the model multiplies with, packed copies and tied heads included
+        (vllm_check.py says how, and what cannot be told apart). Takes a few seconds and the memory of
+        one layer.
+
+        Args:
+            source: the tensors by checkpoint name, or the recipe that makes them; several ranks
+                take a recipe only.
+
+        Returns:
+            A line for each difference, and for each tensor that cannot be read back; none where the
+            engine holds exactly these tensors.
+        """
+        given = source.as_config() if isinstance(source, Recipe) else source
+        if self.merges_itself and not isinstance(given, dict):
+            raise TrialEngineError("an engine of several ranks is verified against a recipe, no stream")
+        by_rank = self._on_ranks("evolve_differences", given)
+        if len(by_rank) == 1:
+            return list(by_rank[0])
+        return [f"rank {rank}: {line}" for rank, lines in enumerate(by_rank) for line in lines]
+
+    def checksum(self) -> dict[str, int]:
+        """Digest each parameter as the engine computes with it.
+
+        Returns:
+            64-bit digests by vLLM's own parameter names (`qkv_proj` for q, k and v), of the packed
+            copy where there is one; with several ranks `rank 1: ...`. Two engines with the same
+            options hold the same weights if and only if all digests agree.
+        """
+        by_rank = self._on_ranks("evolve_checksum")
+        if len(by_rank) == 1:
+            return dict(by_rank[0])
+        return {f"rank {rank}: {k}": v for rank, sums in enumerate(by_rank) for k, v in sums.items()}
+
+    def memory_gb(self) -> dict[str, float]:
+        """Memory of weights and KV cache over all ranks, in units of 10^9 bytes."""
+        by_rank = self._on_ranks("evolve_memory_gb")
+        return {key: sum(rank[key] for rank in by_rank) for key in by_rank[0]}
+
+    def rank_cores(self) -> list[list[int]]:
+        """The CPU cores that each rank may run on."""
+        return self._on_ranks("evolve_cores")
 
     def lm(self, tokenizer: Path | None = None) -> VllmLM:
         """Return lm-eval's view of the engine, with the tokenizer of a folder."""
         folder = tokenizer or self._settings.folder
         if folder not in self._lms:
-            self._lms[folder] = VllmLM(
-                self._llm, load_tokenizer(folder, self._settings.trust_remote_code)
-            )
+            loaded = load_tokenizer(folder, self._settings.trust_remote_code)
+            self._lms[folder] = VllmLM(self._llm, loaded, self._settings.folder, lambda: self._holds)
         return self._lms[folder]
 
+    def close(self) -> None:
+        """Stop the engine, its ranks included, and give back its memory."""
+        self._llm.llm_engine.engine_core.shutdown()
+        self._lms.clear()
+        self._folder.cleanup()
+        _forget_ranks()
 
-def _has_stale_head(config: dict[str, Any]) -> bool:
-    """Tell whether vLLM would keep a tied output head of the old weights after a reload.
 
-    Its reload repacks modules that get tensors of their own, and a tied head gets none. Gemma's
-    classes have no head module: they use the embedding itself.
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse options that vLLM does not have, and those that the search decides.
+
+    Raises:
+        SearchFileError: with every fault.
     """
-    is_tied = bool(config.get("tie_word_embeddings", False))
-    return is_tied and not str(config.get("model_type", "")).startswith("gemma")
+    known = {field.name for field in fields(EngineArgs)}
+    faults = [
+        f"scoring.engine.{key} is {value!r}; {_OURS[key]}, so it cannot be set; remove it"
+        for key, value in options.items()
+        if key in _OURS
+    ]
+    faults += [
+        f"scoring.engine.{key} is no option of vLLM; {_near_option(key, known)}"
+        for key in options
+        if key not in known | set(_OURS)
+    ]
+    if faults:
+        raise SearchFileError(faults)
 
 
-def _with_head(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Send the input embedding a second time, as the output head."""
-    for name, tensor in stream:
-        yield name, tensor
-        if is_embedding(name) and tensor.dim() == 2 and "position" not in name and "wpe" not in name:
-            yield "lm_head.weight", tensor
+def _near_option(key: str, known: Iterable[str]) -> str:
+    close = nearest(key, known)
+    return close if close.startswith("did you mean") else "see vLLM's engine arguments, or remove it"
 
 
-class VllmLM(TemplateLM):  # type: ignore[misc]
-    """lm-eval's requests, answered by a live `vllm.LLM`; every text is tokenised once."""
-
-    def __init__(self, llm: vllm.LLM, tokenizer: Any) -> None:
-        super().__init__()
-        self._llm = llm
-        self.tokenizer = tokenizer
-        self.max_length = int(llm.llm_engine.model_config.max_model_len)
-        self._encode_pair = cache(super()._encode_pair)
-        self._encode = cache(lambda text, special: tokenizer.encode(text, **dict(special)))
-
-    @property
-    def eot_token_id(self) -> int:
-        """The end-of-text token."""
-        return int(self.tokenizer.eos_token_id)
-
-    @property
-    def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
-
-    @property
-    def tokenizer_name(self) -> str:
-        """The tokenizer's name, as lm-eval keys prompts by it."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokenise a text; one that begins with BOS gets no second one."""
-        bos = self.tokenizer.bos_token
-        if add_special_tokens is None and bos and string.startswith(bos):
-            add_special_tokens = False
-        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self._encode(string, tuple(special.items())))
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """Render a conversation with the tokenizer's chat template."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
-
-    def _generate(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
-        inputs = [{"prompt_token_ids": tokens} for tokens in prompts]
-        outputs: list[Any] = self._llm.generate(inputs, list(params), use_tqdm=False)
-        return outputs
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Tokens], disable_tqdm: bool = True, **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        """Score continuations: (sum of log-probabilities, whether greedy decoding gives it)."""
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        questions: dict[tuple[int, ...], list[int]] = {}
-        longer = []
-        for i, (_, context, continuation) in enumerate(requests):
-            if len(continuation) == 1:
-                questions.setdefault(tuple(context[-(self.max_length - 1) :]), []).append(i)
-            else:
-                longer.append(i)
-        self._answer_questions(requests, questions, answers)
-        self._answer_longer(requests, longer, answers)
-        return answers
-
-    def _answer_questions(
-        self,
-        requests: Sequence[Tokens],
-        questions: dict[tuple[int, ...], list[int]],
-        answers: list[tuple[float, bool]],
-    ) -> None:
-        """Score all single-token continuations of a context by one request."""
-        params = [
-            vllm.SamplingParams(
-                temperature=0,
-                max_tokens=1,
-                logprob_token_ids=sorted({requests[i][2][0] for i in members}),
-                detokenize=False,
-            )
-            for members in questions.values()
-        ]
-        outputs = self._generate([list(context) for context in questions], params)
-        for members, output in zip(questions.values(), outputs, strict=True):
-            (logprobs,) = output.outputs[0].logprobs
-            (greedy,) = output.outputs[0].token_ids
-            for i in members:
-                token = requests[i][2][0]
-                answers[i] = (float(logprobs[token].logprob), token == greedy)
-
-    def _answer_longer(
-        self, requests: Sequence[Tokens], members: Sequence[int], answers: list[tuple[float, bool]]
-    ) -> None:
-        """Score continuations of several tokens by the log-probabilities of the prompt."""
-        params = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-        prompts = [(requests[i][1] + requests[i][2])[-(self.max_length - 1) :] for i in members]
-        outputs = self._generate(prompts, [params] * len(prompts))
-        for i, prompt, output in zip(members, prompts, outputs, strict=True):
-            n = len(requests[i][2])
-            scored = list(zip(prompt[-n:], output.prompt_logprobs[-n:], strict=True))
-            total = sum(float(logprobs[token].logprob) for token, logprobs in scored)
-            answers[i] = (total, all(logprobs[token].rank == 1 for token, logprobs in scored))
-
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """Score continuations; no progress bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        """Score whole texts, in windows of the engine's context length."""
-        windows: list[Tokens] = []
-        owners: list[int] = []
-        for i, request in enumerate(requests):
-            (text,) = request.args
-            for context, continuation in map(
-                make_disjoint_window,
-                get_rolling_token_windows(
-                    token_list=self.tok_encode(text),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length - 1,
-                    context_len=1,
-                ),
-            ):
-                windows.append((None, context, continuation))
-                owners.append(i)
-        totals = [0.0] * len(requests)
-        for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[i] += logprob
-        return totals
-
-    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        """Generate answers up to a stop sequence or length."""
-        eos = self.tokenizer.decode([self.eot_token_id])
-        prompts, params, stops = [], [], []
-        for request in requests:
-            text, arguments = request.args
-            arguments = normalize_gen_kwargs(arguments, DEFAULT_MAX_GEN_TOKS)
-            until = handle_stop_sequences(arguments.pop("until", None), eos=eos)
-            max_tokens = min(int(arguments.pop("max_gen_toks")), self.max_length - 1)
-            prompts.append(self.tok_encode(text)[-(self.max_length - max_tokens) :])
-            params.append(vllm.SamplingParams(max_tokens=max_tokens, stop=until, **_sampling(arguments)))
-            stops.append(until)
-        outputs = self._generate(prompts, params)
-        return [
-            postprocess_generated_text(output.outputs[0].text, until, None)
-            for output, until in zip(outputs, stops, strict=True)
-        ]
+def _cpu_defaults() -> dict[str, Any]:
+    defaults: dict[str, Any] = {"block_size": _CPU_BLOCK_TOKENS}
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        defaults["kv_cache_memory_bytes"] = DEFAULT_KV_CACHE_BYTES
+    return defaults
 
 
-def _sampling(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Translate Transformers' generation arguments into vLLM's; greedy unless sampling is asked for."""
-    is_sampled = arguments.get("do_sample", False)
-    taken = {k: v for k, v in arguments.items() if k in ("top_p", "top_k", "min_p", "repetition_penalty")}
-    return {
-        **(taken if is_sampled else {}),
-        "temperature": float(arguments.get("temperature") or 1.0) if is_sampled else 0.0,
-        "spaces_between_special_tokens": False,
-    }
+def _give_each_rank_its_cores(n_ranks: int) -> None:
+    """Split this process's cores evenly, unless the user has done it; two ranks on a core crawl."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(len(cores) // n_ranks, 1)
+    parts = [cores[i * share : (i + 1) * share] or cores[-1:] for i in range(n_ranks)]
+    text = "|".join(",".join(str(core) for core in part) for part in parts)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", text)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what vLLM and Transformers warn of while an engine starts out of the progress lines."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    yield
+
+
+@contextmanager
+def _reported(options: dict[str, Any]) -> Iterator[None]:
+    """Turn whatever keeps vLLM from starting into one line that names the setting to change.
+
+    Raises:
+        SearchFileError: options are given, which are the likelier cause.
+        TrialEngineError: none are.
+    """
+    try:
+        yield
+    except TrialError:
+        raise
+    except Exception as error:
+        _forget_ranks()
+        reason = _reason(error)
+        kind = SearchFileError if options else TrialEngineError
+        raise kind(
+            f"scoring.engine: vLLM cannot start with this model ({reason:.300}); {_repair(reason)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Find the line that says most: pydantic wraps it, other errors begin or end with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("Value error,", "Assertion failed,"))]
+    text = (telling or lines or [type(error).__name__])[0]
+    return text.removeprefix("Value error, ").split(" [type=")[0]
+
+
+def _repair(reason: str) -> str:
+    """Name the setting that cures a failed start."""
+    told = reason.lower()
+    if "kv cache" in told and ("max seq len" in told or "max_model_len" in told):
+        return "lower scoring.engine.max_model_len, or give kv_cache_memory_bytes there more"
+    if "max_model_len" in told or "max_position_embeddings" in told:
+        return "lower scoring.engine.max_model_len"
+    if "kv cache" in told or "kv_cache" in told or "no available memory for the cache" in told:
+        return "set scoring.engine.kv_cache_memory_bytes to what is free, or lower max_model_len"
+    if "memory" in told:
+        return "lower scoring.engine.gpu_memory_utilization or max_model_len"
+    if "architecture" in told or "model type" in told:
+        return "vLLM does not know this model; use --backend hf"
+    if "tensor parallel" in told or "divisible" in told or "world size" in told:
+        return "change scoring.engine.tensor_parallel_size"
+    if "background process" in told or "core initialization" in told:
+        return "what the rank said is above; change the setting it names, or use --backend hf"
+    return "change the setting it names, or use --backend hf"
+
+
+def _forget_ranks() -> None:
+    """Take down what vLLM keeps of an engine in this process, so that another one can start."""
+    from vllm.distributed.parallel_state import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+    )
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evolve.engines import Engine, EngineSettings, start_engine
 from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundary
@@ -136,10 +136,15 @@ class Worker:
             with boundary(TrialEngineError, "preparing the requests"):
                 banks = {prompting: self._bank(prompting) for prompting in job.promptings}
             began = time.perf_counter()
-            with boundary(TrialMergeError, "merging"):
-                stream = merged_tensors(job.recipe, self.sources, device=self.setup.engine.device)
-            with boundary(TrialEngineError, "loading the merged weights"):
-                self.engine.load(_timed(stream, seconds))
+            if getattr(self.engine, "merges_itself", False):
+                ranks: Any = self.engine
+                with boundary(TrialEngineError, "merging and loading"):
+                    seconds.merge, _ = ranks.load_recipe(job.recipe)
+            else:
+                with boundary(TrialMergeError, "merging"):
+                    stream = merged_tensors(job.recipe, self.sources, device=self.setup.engine.device)
+                with boundary(TrialEngineError, "loading the merged weights"):
+                    self.engine.load(_timed(stream, seconds))
             seconds.load = time.perf_counter() - began - seconds.merge
             began = time.perf_counter()
             for prompting, bank in banks.items():
