@@ -90,7 +90,8 @@ def run(
         _check(search_file, device, trust_remote_code, allow_unsafe_code)
         return
     from evolve import loop
-    from evolve.report import ProgressLine, print_result, result_json
+    from evolve.progress import ProgressLine
+    from evolve.report import print_result, result_json
 
     progress = ProgressLine()
     try:
@@ -103,6 +104,7 @@ def run(
             trust_remote_code=trust_remote_code,
             allow_unsafe_code=allow_unsafe_code,
             progress=_unless_paused(progress),
+            under_way=_unless_paused(progress.under_way),
         )
     finally:
         progress.close()
@@ -122,16 +124,25 @@ def _check(
 ) -> None:
     from evolve.loop import Workers, start_pool
     from evolve.plan import make_plan
+    from evolve.progress import ProgressLine
     from evolve.report import print_check
 
-    plan = make_plan(
-        search_file,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        allow_unsafe_code=allow_unsafe_code,
-    )
-    start_pool(plan, Workers()).close()
-    print_check(plan)
+    progress = ProgressLine()
+    try:
+        plan = make_plan(
+            search_file,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_unsafe_code=allow_unsafe_code,
+            under_way=_unless_paused(progress.under_way),
+        )
+        progress.under_way(f"starting the {plan.setup.backend} engine")
+        pool = start_pool(plan, Workers())
+        memory = pool.memory(plan.references(), plan.start.dtype)
+        pool.close()
+    finally:
+        progress.close()
+    print_check(plan, memory)
 
 
 @app.command()

@@ -460,8 +460,12 @@ class RequestBank:
             by_document[number].append(instance)
         return {number: by_document[number] for number in wanted}
 
-    def answer(self, split: Split) -> Outcomes:
+    def answer(self, split: Split, *, in_reverse: bool = False) -> Outcomes:
         """Have the model answer every request of a split and score each document.
+
+        Args:
+            split: which documents.
+            in_reverse: send the requests in another order, so that they meet in other batches.
 
         Returns:
             Per task key the outcomes in document order.
@@ -475,6 +479,7 @@ class RequestBank:
             for instance in instances:
                 by_type[instance.request_type] += [instance] * instance.repeats
         for request_type, instances in by_type.items():
+            instances = instances[::-1] if in_reverse else instances
             responses = getattr(self.lm, request_type)(instances)
             for instance, response in zip(instances, responses, strict=True):
                 instance.resps.append(response)
