@@ -246,7 +246,15 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="documents a task, drawn by seed; default: all")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the draw of documents")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="seed of the draw of documents; default 0")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="compare with this one of them; default: the first")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="score each recipe's models alone and their average too")
+    ] = False,
     task_path: TaskPathOption = None,
     backend: BackendOption = None,
     device: DeviceOption = None,
@@ -258,24 +266,29 @@ def evaluate(
     """Score models and recipes on tasks, side by side."""
     _quiet_libraries()
     from evolve.evaluation import EvalOptions, evaluate_models
+    from evolve.progress import ProgressLine
     from evolve.report import print_scores
 
-    scored = evaluate_models(
-        models,
-        EvalOptions(
-            tasks=tuple(task or ()),
-            like=like,
-            split=split,
-            limit=limit,
-            seed=seed,
-            task_paths=tuple(task_path) if task_path else None,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            allow_unsafe_code=allow_unsafe_code,
-        ),
+    options = EvalOptions(
+        tasks=tuple(task or ()),
+        like=like,
+        split=split,
+        limit=limit,
+        seed=seed,
+        task_paths=tuple(task_path) if task_path else None,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        baseline=baseline,
+        with_baselines=baselines,
+        trust_remote_code=trust_remote_code,
+        allow_unsafe_code=allow_unsafe_code,
     )
+    progress = ProgressLine()
+    try:
+        scored = evaluate_models(models, options, _unless_paused(progress.under_way))
+    finally:
+        progress.close()
     if as_json:
         print(json.dumps({"models": scored}))
     else:

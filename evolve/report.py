@@ -131,22 +131,30 @@ def _noise_line(noise: dict[str, Any]) -> str:
     )
 
 
-def _cell(score: float | dict[str, float]) -> str:
-    if isinstance(score, dict):
-        return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-    return f"{score:.3f}"
+def _cell(score: float | dict[str, float], spelling: str = ".3f") -> str:
+    if not isinstance(score, dict):
+        return f"{score:{spelling}}"
+    value, low, high = (format(score[key], spelling) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def print_scores(models: list[dict[str, Any]]) -> None:
-    """Print the table of `evolve eval`."""
+    """Print the table of `evolve eval`: a row a model, its difference to the baseline below."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-    table = Table()
+    table = Table(title="scores, with 95% intervals")
+    if len(models) > 1:
+        table.caption = f"below each score, the paired difference to {models[0]['over']}"
     table.add_column("model", overflow="fold")
-    tasks = list(models[0]["scores"]) if models else []
-    for task in tasks:
+    for task in models[0]["scores"]:
         table.add_column(f"{task} ({models[0]['n_documents'][task]})", justify="right")
     for model in models:
-        table.add_row(model["name"], *(_cell(model["intervals"][task]) for task in tasks))
+        cells = []
+        for task, interval in model["intervals"].items():
+            lines = [_cell(interval)]
+            if task in model["differences"]:
+                lines.append(_cell(model["differences"][task], "+.3f"))
+            cells.append("\n".join(lines))
+        table.add_row(model["name"], *cells)
     console.print(table)
 
 

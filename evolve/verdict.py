@@ -104,7 +104,7 @@ def baseline_jobs(start: Recipe, prompting: Prompting) -> list[Job]:
     jobs = []
     for reference in references:
         own = Prompting(reference, _has_chat_template(reference))
-        promptings = (prompting,) if _same_prompts(own, prompting) else (prompting, own)
+        promptings = (prompting,) if same_prompts(own, prompting) else (prompting, own)
         jobs.append(Job(reference, "baseline", model_alone(reference, start), (), promptings))
     others = [reference for reference in references if reference != start.base_model]
     averaged = others if len(others) > 1 else references
@@ -133,7 +133,7 @@ def _has_chat_template(reference: str) -> bool:
     )
 
 
-def _same_prompts(one: Prompting, other: Prompting) -> bool:
+def same_prompts(one: Prompting, other: Prompting) -> bool:
     """Tell whether two ways of prompting give the same requests."""
     if one.apply_chat_template != other.apply_chat_template:
         return False
@@ -156,6 +156,18 @@ def score_interval(task: ScoredTask, outcomes: Sequence[Outcome], seed: int) -> 
         return Interval(value, float(bounds.low), float(bounds.high))
     samples = _resampled_scores(task, [outcomes], np.random.default_rng(seed))[0]
     return Interval(value, *_percentiles(samples))
+
+
+def difference_interval(
+    task: ScoredTask, one: Sequence[Outcome], other: Sequence[Outcome], seed: int
+) -> Interval:
+    """Return one model's score minus another's, as the task counts, with its paired interval.
+
+    Args:
+        one, other: outcomes of the same documents, in the same order.
+    """
+    value = task.score(one) - task.score(other)
+    return Interval(value, *_percentiles(_resampled_gains(task, one, other, np.random.default_rng(seed))))
 
 
 def gain_interval(tasks: TaskSet, winner: Outcomes, baseline: Outcomes) -> Interval:
