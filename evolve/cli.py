@@ -116,7 +116,8 @@ def run(
     else:
         print_result(data, str(folder))
     if result.best is None:
-        _end(["no candidate completed; see evolve status for the failures"], EXIT_OTHER)
+        why = loop.commonest_failure(result.study.trials())
+        _end([f"no candidate completed; {why}"], EXIT_OTHER)
 
 
 def _check(

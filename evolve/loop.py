@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -179,14 +179,22 @@ def record(study: Study, plan: Plan, result: Result) -> None:
 
 def _stop_if_hopeless(study: Study, max_failed_share: float) -> None:
     trials = study.trials()
-    failures = [trial.user_attrs["failure"] for trial in trials if trial.state == TrialState.FAIL]
-    n_finished = len(failures) + sum(trial.state == TrialState.COMPLETE for trial in trials)
-    if n_finished >= _FEW and len(failures) > max_failed_share * n_finished:
-        (kind, text), n = Counter((f["kind"], f["text"]) for f in failures).most_common(1)[0]
+    n_failed = sum(trial.state == TrialState.FAIL for trial in trials)
+    n_finished = n_failed + sum(trial.state == TrialState.COMPLETE for trial in trials)
+    if n_finished >= _FEW and n_failed > max_failed_share * n_finished:
         raise SearchStoppedError(
-            f"{len(failures)} of {n_finished} candidates failed, more than search.max_failed_share "
-            f"{max_failed_share}; the commonest cause ({n} times, at {kind}): {text}"
+            f"{n_failed} of {n_finished} candidates failed, more than search.max_failed_share "
+            f"{max_failed_share}; {commonest_failure(trials)}"
         )
+
+
+def commonest_failure(trials: Sequence[FrozenTrial]) -> str:
+    """Say why most of the failed trials failed."""
+    failures = [t.user_attrs["failure"] for t in trials if t.state == TrialState.FAIL]
+    if not failures:
+        return "none failed"
+    (kind, text), n = Counter((f["kind"], f["text"]) for f in failures).most_common(1)[0]
+    return f"the commonest cause ({n} times, at {kind}): {text}"
 
 
 def start_pool(plan: Plan, workers: Workers) -> Pool:

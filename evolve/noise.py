@@ -73,8 +73,9 @@ def measured(
         for task in tasks.tasks:
             pairs = list(zip(recorded[task.key], outcomes[task.key], strict=True))
             difference = task.score(outcomes[task.key]) - scores[task.key]
-            share = sum(one != other for one, other in pairs) / len(pairs)
+            share = sum(one.value != other.value for one, other in pairs) / len(pairs)
             changes.setdefault(task.key, {})[name] = Change(share, difference)
             moved += task.weight * abs(difference)
         floor = max(floor, moved)
-    return Noise(split, sum(map(len, recorded.values())), floor, changes)
+    documents = {(o.leaf, o.document) for outcomes in recorded.values() for o in outcomes}
+    return Noise(split, len(documents), floor, changes)

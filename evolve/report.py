@@ -54,7 +54,7 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             for b in (verdict.baselines if verdict else [])
         ],
         "gain": _gain_json(verdict) if is_current else None,
-        "verdict": _text(verdict, is_current),
+        "verdict": _text(verdict, is_current, has_only_failures=bool(finished) and best is None),
         # A run that was killed could not add its time to the total.
         "seconds": {**seconds, "total": max(study.note("seconds_total") or 0.0, sum(seconds.values()))},
         "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished),
@@ -62,7 +62,9 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
     }
 
 
-def _text(verdict: Verdict | None, is_current: bool) -> str:
+def _text(verdict: Verdict | None, is_current: bool, has_only_failures: bool) -> str:
+    if has_only_failures:
+        return "no verdict: no candidate completed"
     if verdict is None:
         return "no verdict yet: the search is not complete"
     return verdict.text if is_current else f"not yet for the new best; before: {verdict.text}"
@@ -86,7 +88,10 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         console.print("no candidate completed", markup=False)
         return
     tasks = list(best["scores"])
-    table = Table(title=f"{data['study']}: scores on holdout documents, with 95% intervals")
+    where = "holdout documents, with 95% intervals" if best["holdout"] else "search documents"
+    # Above the table, not in it: there it would be folded to the table's width.
+    console.print(f"{data['study']}: scores on {where}", soft_wrap=True)
+    table = Table()
     table.add_column("model")
     for task in tasks:
         table.add_column(task, justify="right")
@@ -94,8 +99,6 @@ def print_result(data: dict[str, Any], folder: str) -> None:
     rows.append((f"best (trial {best['number']})", best["holdout"] or best["scores"]))
     for name, scores in rows:
         table.add_row(name, *(_cell(scores[task]) for task in tasks))
-    if not best["holdout"]:
-        table.title = f"{data['study']}: scores on search documents"
     console.print(table)
     states = data["states"]
     console.print(
@@ -141,9 +144,9 @@ def _cell(score: float | dict[str, float], spelling: str = ".3f") -> str:
 def print_scores(models: list[dict[str, Any]]) -> None:
     """Print the table of `evolve eval`: a row a model, its difference to the baseline below."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-    table = Table(title="scores, with 95% intervals")
-    if len(models) > 1:
-        table.caption = f"below each score, the paired difference to {models[0]['over']}"
+    below = f"; below, the paired difference to {models[0]['over']}" if len(models) > 1 else ""
+    console.print(f"scores with 95% intervals{below}", soft_wrap=True)
+    table = Table()
     table.add_column("model", overflow="fold")
     for task in models[0]["scores"]:
         table.add_column(f"{task} ({models[0]['n_documents'][task]})", justify="right")

@@ -92,7 +92,8 @@ class VllmEngine:
 
     def memory_gb(self) -> dict[str, float]:
         """Return what the key-value cache takes."""
-        return {"kv_cache": (self._llm.llm_engine.cache_config.kv_cache_memory_bytes or 0) / 1e9}
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        return {"kv_cache": (cache.kv_cache_memory_bytes or 0) / 1e9}
 
     def lm(self, tokenizer: Path | None = None) -> VllmLM:
         """Return lm-eval's view of the engine, with the tokenizer of a folder."""
