@@ -108,3 +108,33 @@ def without(models: Path, folder: Path, names: tuple[str, ...]) -> Path:
         content: Mapping[str, Any] = json.loads(path.read_text())
         path.write_text(json.dumps({k: v for k, v in content.items() if k not in names}))
     return folder
+
+
+def save_vllm_models(folder: Path, context: int = 64) -> Path:
+    """Save base, sort and largest as random Llamas that vLLM's CPU kernels can run.
+
+    A token takes 1 KiB of key-value cache.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        Path(__file__).resolve().parents[2] / "configs/quickstart/models/base"
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=32,
+        max_position_embeddings=context,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    for seed, name in enumerate(("base", "sort", "largest")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder

@@ -16,7 +16,7 @@ from evolve.memory import refuse_too_large
 from evolve.report import result_json
 from merge_core.plan import Sources, model_alone
 
-from .failing import search, without, write_tasks
+from .failing import save_vllm_models, search, without, write_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "configs/quickstart/models"
@@ -143,3 +143,90 @@ def enlarge(path: Path, times: int) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + max(e["data_offsets"][1] for e in header.values() if "shape" in e))
+
+
+# One engine for all of them: a start takes longer than the requests. argv: tasks, model, names.
+ANSWERED = """
+import json, sys
+from pathlib import Path
+from evolve.engines import EngineSettings
+from evolve.engines.vllm import VllmEngine
+from evolve.errors import TrialEngineError, TrialError, boundary
+from evolve.search_file import ScoringSettings, TaskSpec
+from evolve.tasks import RequestBank, TaskSet
+from merge_core.merge import merged_tensors
+from merge_core.plan import Sources, merged_config, model_alone
+
+tasks, model, *names = sys.argv[1:]
+sources, recipe = Sources(), model_alone(model)
+sources.open_all([model])
+engine = VllmEngine(EngineSettings(merged_config(recipe, sources), Path(model)))
+engine.load(merged_tensors(recipe, sources))
+told = {}
+for name in names:
+    scoring = ScoringSettings(task_paths=[tasks], limit=4, holdout=0.0)
+    task_set = TaskSet([TaskSpec(name=name)], scoring, 0)
+    try:
+        with boundary(TrialEngineError, "answering the requests"):
+            bank = RequestBank(task_set, engine.lm(), False, ("search",))
+            told[name] = task_set.scores(bank.answer("search"))[name]
+    except TrialError as error:
+        told[name] = f"{error.kind}: {error}"
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.vllm
+def test_vllm_answers_or_says_why_and_goes_on(tasks: Path, tmp_path: Path) -> None:
+    """Without a pad token, too, which vLLM does not need."""
+    names = [
+        "plain",
+        "without_end",
+        "long_prompt",
+        "long_question",
+        "empty_answer",
+        "long_option",
+        "raises",
+    ]
+    models = without(save_vllm_models(tmp_path / "m"), tmp_path / "n", ("pad_token", "pad_token_id"))
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERED, str(tasks), str(models / "sort"), *names, "without_limit"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    for name in ("plain", "without_end", "long_prompt", "long_question", "empty_answer"):
+        assert isinstance(told[name], float), told[name]
+    assert told["raises"] == "task: scoring raises: ZeroDivisionError: no such day"
+    # What does not fit the context is cut, as prompts are, or refused by name; it never hangs.
+    for name in ("long_option", "without_limit"):
+        assert isinstance(told[name], float) or re.search("64|300|256", told[name]), told[name]
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("engine", "context", "message"),
+    [
+        ({"max_model_lne": 64}, 64, "max_model_lne"),
+        # 1.5 GiB for one request, where there is 1 GiB by default.
+        ({}, 1_500_000, "(?i)kv cache.*max_model_len"),
+    ],
+    ids=["nonsense", "cache too small"],
+)
+def test_vllm_that_cannot_start_names_the_setting(
+    tasks: Path, tmp_path: Path, engine: dict[str, object], context: int, message: str
+) -> None:
+    path = tmp_path / "search.yml"
+    models = save_vllm_models(tmp_path / "m", context)
+    path.write_text(search(tasks, "plain", models, backend="vllm", engine=engine).to_yaml())
+    done = command("run", path, "--storage-path", tmp_path / "s")
+    assert done.returncode == (2 if engine else 1)
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "scoring.engine" in error
+    assert re.search(message, error)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "s").exists()
