@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 MAX_FAULTS = 20
 EXIT_OTHER, EXIT_INPUT, EXIT_PAUSED = 1, 2, 130
+PAUSED = "paused; everything finished is recorded, run the same command again to go on"
+# How long a pause may take before the process leaves as it is.
+PATIENCE_S = 30
 _NOT_THE_INPUT = (HubUnreachableError, StorageError, SearchStoppedError, PushError)
 
 app = typer.Typer(
@@ -337,7 +340,16 @@ def _pause(signum: int, frame: Any) -> NoReturn:
     # A second signal stops at once.
     signal.signal(signum, signal.SIG_DFL)
     _signals.append(signum)
+    # An exception out of nowhere may leave a lock behind that something waits for at the end.
+    signal.signal(signal.SIGALRM, _leave)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     raise PausedError
+
+
+def _leave(signum: int, frame: Any) -> NoReturn:
+    """Go without tidying up: what is finished was recorded when it was finished."""
+    _say(PAUSED)
+    os._exit(EXIT_PAUSED)
 
 
 def main() -> None:
@@ -349,13 +361,16 @@ def main() -> None:
     except typer.Abort:
         _end(["interrupted"], EXIT_PAUSED)
     except PausedError:
-        _say("paused; everything finished is recorded, run the same command again to go on")
+        _say(PAUSED)
         raise SystemExit(EXIT_PAUSED) from None
-    except MergeError as error:
-        _end(error.faults, EXIT_OTHER if isinstance(error, _NOT_THE_INPUT) else EXIT_INPUT)
-    except TrialError as error:
-        _end([str(error)], EXIT_OTHER)
     except Exception as error:
+        if _signals:  # the signal's exception cut something short, a transaction say, which then failed
+            _say(PAUSED)
+            raise SystemExit(EXIT_PAUSED) from None
+        if isinstance(error, MergeError):
+            _end(error.faults, EXIT_OTHER if isinstance(error, _NOT_THE_INPUT) else EXIT_INPUT)
+        if isinstance(error, TrialError):
+            _end([str(error)], EXIT_OTHER)
         # Typer's usage errors; it carries its own copy of click, so they are known by their method.
         if not hasattr(error, "format_message"):
             raise

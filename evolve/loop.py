@@ -76,8 +76,8 @@ def run(
         search_file: what to search.
         folder: the storage path, by default NAME-search; made, or resumed where it holds this search.
         storage: URL of another storage than folder/study.db.
-        progress: called with "starting" (before there is a study), "started", "told", "baseline"
-            and "verdict".
+        progress: called with "starting" (before there is a study), "started", "answered" (nothing of
+            the result is recorded yet), "told", "baseline" and "verdict".
         under_way: told what is being done before there is a study: downloads, data sets.
 
     Raises:
@@ -111,13 +111,13 @@ def run(
             before = study.note("seconds_total") or 0.0
 
             def show(event: str) -> None:
-                # Each time, so that a run that is killed leaves its seconds behind.
-                study.keep_note("seconds_total", before + time.monotonic() - began)
+                if event != "answered":  # now and then, so that a run that is killed leaves its seconds
+                    study.keep_note("seconds_total", before + time.monotonic() - began)
                 progress(event, study, plan)
 
             show("started")
             try:
-                search(study, plan, pool, lambda: show("told"))
+                search(study, plan, pool, show)
                 verdict = judge(study, plan, pool, lambda: show("baseline"))
             finally:
                 study.keep_note("seconds_total", before + time.monotonic() - began)
@@ -127,7 +127,7 @@ def run(
     return _result(study, plan, verdict, was_complete=False)
 
 
-def search(study: Study, plan: Plan, pool: Pool, told: Callable[[], None]) -> None:
+def search(study: Study, plan: Plan, pool: Pool, show: Callable[[str], None]) -> None:
     """Propose and evaluate candidates until `n_iterations` are finished or time is up."""
     settings = plan.search_file.search
     sampler = make_sampler(settings.sampler, plan.space, settings.seed)
@@ -157,9 +157,11 @@ def search(study: Study, plan: Plan, pool: Pool, told: Callable[[], None]) -> No
             pending += 1
         if not pending:
             return
-        record(study, plan, pool.wait())
+        result = pool.wait()
+        show("answered")
+        record(study, plan, result)
         pending -= 1
-        told()
+        show("told")
         _stop_if_hopeless(study, settings.max_failed_share)
 
 

@@ -43,6 +43,8 @@ class ProgressLine:
 
     def __call__(self, event: str, study: Study | None, plan: Plan) -> None:
         """Show an event of the loop."""
+        if event == "answered":
+            return
         trials = study.trials() if study else []
         self._log = study.folder / "run.log" if study else None
         if event == "starting":
