@@ -76,6 +76,11 @@ class HfEngine:
         """Copy the merged tensors into the live model."""
         fill(self.model, stream)
 
+    def memory_gb(self) -> dict[str, float]:
+        """Return what the model's weights take; a key-value cache lives only while it generates."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return {"weights": sum(tensor.nbytes for tensor in tensors) / 1e9}
+
     def lm(self, tokenizer: Path | None = None) -> ResidentLM:
         """Return lm-eval's view of the model, with the tokenizer of a folder."""
         folder = tokenizer or self._settings.folder
@@ -83,7 +88,7 @@ class HfEngine:
             tokenizer_there = load_tokenizer(folder, self._settings.trust_remote_code)
             try:
                 self._lms[folder] = ResidentLM(self.model, tokenizer_there, **self._settings.options)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, AttributeError) as error:
                 if not self._settings.options:
                     raise
                 raise SearchFileError(

@@ -213,6 +213,11 @@ class VllmEngine:
         """The CPU cores that each rank may run on."""
         return self._on_ranks("evolve_cores")
 
+    def memory_gb(self) -> dict[str, float]:
+        """Return what the key-value cache takes."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        return {"kv_cache": (cache.kv_cache_memory_bytes or 0) / 1e9}
+
     def lm(self, tokenizer: Path | None = None) -> VllmLM:
         """Return lm-eval's view of the engine, with the tokenizer of a folder."""
         folder = tokenizer or self._settings.folder
