@@ -96,7 +96,7 @@ def evaluate_models(
     except SearchFileError as error:
         faults += error.faults
     if tasks is not None and not faults:
-        faults += [f for r in recipes if r for f in reference_faults(tasks.tasks, r, sources)]
+        faults += [f for r in recipes.values() for f in reference_faults(tasks.tasks, r, sources)]
     if faults or tasks is None:
         raise SearchFileError(faults)
 

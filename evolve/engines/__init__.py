@@ -6,7 +6,6 @@ of merged tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,18 +15,26 @@ from evolve.errors import SearchFileError
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
-    from torch import Tensor
+
+    from merge_core.recipe import Recipe
+    from merge_core.sources import Sources
 
 
 class Engine(Protocol):
-    """What a worker needs of an engine.
+    """What a worker needs of an engine."""
 
-    One whose ranks merge for themselves has `merges_itself` true, and `load_recipe(recipe)` in
-    place of `load`.
-    """
+    def load_recipe(self, recipe: Recipe, sources: Sources | None = None) -> tuple[float, float]:
+        """Replace the weights in place by a recipe's merge.
 
-    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the weights in place; consumes the whole stream."""
+        Args:
+            sources: open checkpoints, where the engine merges in this process.
+
+        Returns:
+            Seconds that loading waited for merged tensors, and its other seconds.
+
+        Raises:
+            TrialMergeError, TrialEngineError: by the part that failed.
+        """
 
     def lm(self, tokenizer: Path | None = None) -> LM:
         """Return lm-eval's view of the model, with the tokenizer of a folder (default the donor's)."""

@@ -16,12 +16,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from evolve.engines import EngineSettings
 from evolve.engines.hf_lm import ResidentLM
+from evolve.engines.loading import merge_and_load
 from evolve.errors import SearchFileError, TrialEngineError
 from merge_core.errors import CheckpointError, nearest
 from merge_core.merge import load_merged, merged_tensors
 from merge_core.plan import Sources, donor, model_alone
 from merge_core.recipe import Recipe
-from merge_core.resident import build_model, fill
+from merge_core.resident import build_model, fill, places
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,14 +73,14 @@ class HfEngine:
         engine._lms = {}
         return engine
 
-    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy the merged tensors into the live model."""
-        fill(self.model, stream)
+    def load_recipe(self, recipe: Recipe, sources: Sources | None = None) -> tuple[float, float]:
+        """Merge straight into the live parameters, see Engine."""
+        into = places(self.model)
+        return merge_and_load(recipe, sources, self._settings.device, into, self.load)
 
-    def memory_gb(self) -> dict[str, float]:
-        """Return what the model's weights take; a key-value cache lives only while it generates."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return {"weights": sum(tensor.nbytes for tensor in tensors) / 1e9}
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy merged tensors into the live model, those that are not in their places yet."""
+        fill(self.model, stream)
 
     def lm(self, tokenizer: Path | None = None) -> ResidentLM:
         """Return lm-eval's view of the model, with the tokenizer of a folder."""
@@ -116,13 +117,10 @@ class HfEngine:
             A line for each difference; none where the engine holds exactly these tensors.
         """
         stream = merged_tensors(source) if isinstance(source, Recipe) else source
-        held = dict(self.model.named_parameters(remove_duplicate=False))
-        held |= dict(self.model.named_buffers(remove_duplicate=False))
-        prefix = f"{self.model.base_model_prefix}."
+        held = places(self.model)
         differences = []
         for name, tensor in stream:
-            # A checkpoint of the bare decoder leaves out the prefix, or the model does.
-            place = held.get(name, held.get(prefix + name, held.get(name.removeprefix(prefix))))
+            place = held.get(name)
             if place is None:
                 differences.append(f"{name}: the engine holds no such tensor")
             elif _digest(place) != _digest(tensor.to(place.dtype)):

@@ -29,12 +29,14 @@ from vllm.engine.arg_utils import EngineArgs
 
 from evolve.engines import EngineSettings
 from evolve.engines.hf import load_tokenizer
+from evolve.engines.loading import merge_and_load
 from evolve.engines.vllm_lm import VllmLM
 from evolve.engines.vllm_worker import MergeWorker, RankReport
 from evolve.errors import SearchFileError, TrialEngineError, TrialError, TrialMergeError
 from merge_core.checkpoint.write import copy_tokenizer
 from merge_core.errors import nearest
 from merge_core.recipe import Recipe
+from merge_core.sources import Sources
 
 # Options that would make the engine another one than the search needs, and why.
 _OURS = {
@@ -62,7 +64,7 @@ class VllmEngine:
     `options` go to `vllm.LLM` as they are.
 
     Attributes:
-        merges_itself: whether the ranks merge on their own (`load_recipe`); `load` is then refused.
+        merges_itself: whether the ranks merge on their own; `load` is then refused.
 
     Raises:
         SearchFileError: an option is unknown or contradicts what the search needs.
@@ -119,16 +121,18 @@ class VllmEngine:
             raise TrialEngineError("an engine of several ranks takes recipes (load_recipe), no stream")
         self._change(lambda: self._on_ranks("evolve_load", stream))
 
-    def load_recipe(self, recipe: Recipe) -> tuple[float, float]:
-        """Have every rank merge the recipe and load its share.
+    def load_recipe(self, recipe: Recipe, sources: Sources | None = None) -> tuple[float, float]:
+        """Merge and reload, see Engine; several ranks each merge and load their share.
 
         Returns:
-            Seconds that the slowest rank waited for merged tensors, and its other seconds.
+            Seconds that loading (the slowest rank's) waited for merged tensors, and its others.
 
         Raises:
             TrialMergeError: the recipe cannot be merged.
             TrialEngineError: the merge does not fit the model, or a rank has died.
         """
+        if not self.merges_itself:
+            return merge_and_load(recipe, sources, self._settings.device, {}, self.load)
         reports: list[RankReport] = []
 
         def merge() -> None:
@@ -212,11 +216,6 @@ class VllmEngine:
     def rank_cores(self) -> list[list[int]]:
         """The CPU cores that each rank may run on."""
         return self._on_ranks("evolve_cores")
-
-    def memory_gb(self) -> dict[str, float]:
-        """Return what the key-value cache takes."""
-        cache = self._llm.llm_engine.vllm_config.cache_config
-        return {"kv_cache": (cache.kv_cache_memory_bytes or 0) / 1e9}
 
     def lm(self, tokenizer: Path | None = None) -> VllmLM:
         """Return lm-eval's view of the engine, with the tokenizer of a folder."""

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from evolve.engines import Engine, EngineSettings, start_engine
-from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundary
+from evolve.errors import TrialEngineError, TrialError, boundary
 from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
 from merge_core.checkpoint.locate import locate
-from merge_core.merge import merged_tensors
 from merge_core.plan import Sources, model_alone
 from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,7 @@ class Worker:
                 config = self.setup.engine.config
                 dtype = config.get("dtype") or config.get("torch_dtype")
                 alone = model_alone(reference).as_config()
-                recipe = Recipe.parse({**alone, "out_dtype": dtype})
-                self.engine.load(merged_tensors(recipe, self.sources, device=self.setup.engine.device))
+                self.engine.load_recipe(Recipe.parse({**alone, "out_dtype": dtype}), self.sources)
                 bank.learn_reference(reference)
             self._banks[prompting] = bank
         return self._banks[prompting]
@@ -142,17 +140,7 @@ class Worker:
             # Before the candidate's weights: a new bank may load those of its references.
             with boundary(TrialEngineError, "preparing the requests"):
                 banks = {prompting: self._bank(prompting) for prompting in job.promptings}
-            began = time.perf_counter()
-            if getattr(self.engine, "merges_itself", False):
-                ranks: Any = self.engine
-                with boundary(TrialEngineError, "merging and loading"):
-                    seconds.merge, _ = ranks.load_recipe(job.recipe)
-            else:
-                with boundary(TrialMergeError, "merging"):
-                    stream = merged_tensors(job.recipe, self.sources, device=self.setup.engine.device)
-                with boundary(TrialEngineError, "loading the merged weights"):
-                    self.engine.load(_timed(stream, seconds))
-            seconds.load = time.perf_counter() - began - seconds.merge
+            seconds.merge, seconds.load = self.engine.load_recipe(job.recipe, self.sources)
             began = time.perf_counter()
             for prompting, bank in banks.items():
                 with boundary(TrialEngineError, "answering the requests"):
@@ -167,15 +155,3 @@ class Worker:
             result.outcomes = {}
             result.failure = (error.kind, str(error))
         return result
-
-
-def _timed(stream: Iterator[tuple[str, Tensor]], seconds: Seconds) -> Iterator[tuple[str, Tensor]]:
-    """Time the merge apart from the loading that consumes it."""
-    while True:
-        began = time.perf_counter()
-        with boundary(TrialMergeError, "merging"):
-            item = next(stream, None)
-        seconds.merge += time.perf_counter() - began
-        if item is None:
-            return
-        yield item
