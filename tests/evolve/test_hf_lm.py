@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evolve.engines import token_tree
+from evolve.engines import EngineSettings, token_tree
+from evolve.engines.hf import HfEngine
 from evolve.engines.hf_lm import ResidentLM
 from evolve.engines.token_tree import TreeReader, tree_of
-from evolve.errors import TrialEngineError
+from evolve.errors import SearchFileError, TrialEngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -285,3 +288,14 @@ def test_shared_tokens_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     for _ in reader.read(tree, np.array([len(tree.tokens) - 1])):
         pass
     assert sum(computed) == 40 + 5 + 20
+
+
+def test_an_unknown_option_of_the_engine_is_a_fault_and_the_weights_are_counted() -> None:
+    folder = ROOT / "configs/quickstart/models/base"
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(SearchFileError, match=r"'batchsize', which .* did you mean 'batch_size'"):
+        HfEngine(EngineSettings(config, folder, options={"batchsize": 8}))
+    engine = HfEngine(EngineSettings(config, folder, options={"batch_size": 8, "shared_prefixes": False}))
+    tensors = load_file(folder / "model.safetensors").values()
+    assert engine.memory_gb()["weights"] == pytest.approx(sum(t.nbytes for t in tensors) / 1e9, rel=0.01)
+    assert engine.lm().batch_size == 8
