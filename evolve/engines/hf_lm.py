@@ -256,8 +256,6 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             and self.think_end_token is None
             and not self.truncation
             and changed <= _HARMLESS
-            # Where they differ HFLM's texts depend on which requests share a batch.
-            and self.eot_token_id in _as_set(settings.eos_token_id)
         )
 
     def _generate_as_hflm(self, requests: Sequence[Any]) -> list[str]:
