@@ -25,6 +25,10 @@ class StopCheck:
 
     lm-eval cuts the text at the first stop sequence, and by its own rule where there are several;
     that rule is used here too. Tokens generated behind the cut make no difference.
+
+    A special token, of which nothing stays in the text, ends an answer where its own text contains a
+    stop sequence: `ends` holds these. So HFLM does it for a request alone; in a batch it goes on
+    until all rows have stopped, so that there the text depends on its neighbours.
     """
 
     def __init__(self, tokenizer: Any, until: Sequence[str]) -> None:
@@ -33,6 +37,11 @@ class StopCheck:
         # A stop sequence may be tokenised in another way than by itself, hence two more.
         n_tokens = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in self._until]
         self._window = max(n_tokens, default=0) + 2
+        self.ends = {
+            token
+            for token in tokenizer.all_special_ids
+            if any(stop in tokenizer.decode([token]) for stop in self._until)
+        }
 
     def settled(self, answers: Sequence[list[int]]) -> list[bool]:
         """Tell for each answer, as token ids, whether its text is settled."""
@@ -77,6 +86,7 @@ def decode_greedily(
         New token ids for each prompt, up to and with the token at which it ended.
     """
     answers: list[list[int]] = [[] for _ in prompts]
+    ends = {*ends, *check.ends}
     rows = Rows.read(reader, prompts)
     is_live = [True] * len(prompts)
     for n in range(max_new_tokens):

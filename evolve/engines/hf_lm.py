@@ -16,7 +16,8 @@ everything with the option `shared_prefixes: false`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """Score continuations: (log-likelihood in nats, whether greedy decoding gives it)."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        with _within_memory():
+            return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """Score whole texts, in windows of the model's context; HFLM's own way.
@@ -122,7 +124,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         usual = self.batch_size
         self.batch_size_per_gpu = self._rows_asked or 1
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            with _within_memory():
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
             self.batch_size_per_gpu = usual
 
@@ -226,7 +229,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             (own if is_own else others).append(i)
         for members, answer in ((own, self._decode), (others, self._generate_as_hflm)):
             if members:
-                texts = answer([requests[i] for i in members])
+                with _within_memory():
+                    texts = answer([requests[i] for i in members])
                 for i, text in zip(members, texts, strict=True):
                     answers[i] = text
         return answers
@@ -252,8 +256,6 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             and self.think_end_token is None
             and not self.truncation
             and changed <= _HARMLESS
-            # Where they differ HFLM's texts depend on which requests share a batch.
-            and self.eot_token_id in _as_set(settings.eos_token_id)
         )
 
     def _generate_as_hflm(self, requests: Sequence[Any]) -> list[str]:
@@ -309,6 +311,18 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             n = max(1, min(most, int(budget / (len(prompts[start]) + n_new))))
             yield tuple(prompts[start : start + n])
             start += n
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """Say what to change where the device's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrialEngineError(
+            f"the requests do not fit into the device's memory ({error!s:.200}); lower "
+            f"scoring.engine.batch_size, or scoring.engine.max_length"
+        ) from error
 
 
 @torch.inference_mode()

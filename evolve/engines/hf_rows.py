@@ -31,21 +31,26 @@ _GROUPED = "evolve_grouped"
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values, (rows, heads, room, head size), of which `n` tokens are in use."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Join keys and values of groups of rows, each (rows, heads, tokens, head size)."""
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.n = keys.shape[2]
-        self.keys, self.values = (self._widened(both) for both in (keys, values))
+        keys, values = zip(*parts, strict=True)
+        self.lazy_initialization(keys[0], values[0])
+        self.n = keys[0].shape[2]
+        self.keys, self.values = self._with_room(keys), self._with_room(values)
 
-    @staticmethod
-    def _widened(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, 0, 0, _ROOM))
+    def _with_room(self, parts: Sequence[Tensor]) -> Tensor:
+        """Copy groups of rows into one tensor that has room for more tokens."""
+        _, heads, n, size = parts[0].shape
+        joined = parts[0].new_empty(sum(map(len, parts)), heads, n + _ROOM, size)
+        torch.cat(tuple(parts), out=joined[:, :, :n])
+        return joined
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write new tokens behind those in use; return all in use."""
         start, self.n = self.n, self.n + keys.shape[2]
         if self.n > self.keys.shape[2]:
-            self.keys, self.values = self._widened(self.keys), self._widened(self.values)
+            self.keys, self.values = self._with_room([self.keys]), self._with_room([self.values])
         self.keys[:, :, start : self.n] = keys
         self.values[:, :, start : self.n] = values
         return self.keys[:, :, : self.n], self.values[:, :, : self.n]
@@ -120,10 +125,7 @@ class Rows:
                 places = torch.from_numpy(np.searchsorted(piece.wanted, last[ending])).to(device)
                 tokens.append(_likeliest(piece.logits)[places])
                 parts.append(_spread(piece, [tree.paths[i] for i in ending], width))
-        layers = [
-            _RoomyLayer(*(torch.cat(both) for both in zip(*layer, strict=True)))
-            for layer in zip(*parts, strict=True)
-        ]
+        layers = [_RoomyLayer(layer) for layer in zip(*parts, strict=True)]
         lengths = torch.tensor([len(prompts[i]) for i in order], device=device)
         visible = torch.arange(width, device=device)[None] >= width - lengths[:, None]
         return cls(order, lengths, visible, Cache(layers=layers), torch.cat(tokens))

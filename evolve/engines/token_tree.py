@@ -133,6 +133,9 @@ class TreeReader:
             stop = min(start + self._limit, n)
             nodes = np.concatenate([carried, np.arange(start, stop)])
             asked = wanted[np.searchsorted(wanted, start) : np.searchsorted(wanted, stop)]
+            kept = np.flatnonzero(tree.end[nodes] > stop)
+            # Never none: not every model takes an empty selection.
+            places = asked - start if len(asked) else np.zeros(1, dtype=np.int64)
             with torch.inference_mode():
                 output = self.model(
                     input_ids=torch.from_numpy(tree.tokens[None, start:stop]).to(device),
@@ -140,15 +143,11 @@ class TreeReader:
                     attention_mask=self._mask(tree, nodes, stop - start),
                     past_key_values=cache,
                     use_cache=True,
-                    # Never none: not every model takes an empty selection.
-                    logits_to_keep=torch.from_numpy(asked - start if len(asked) else np.zeros(1, int)).to(
-                        device
-                    ),
+                    logits_to_keep=torch.from_numpy(places).to(device),
                 )
-                yield Piece(nodes, asked, output.logits[0, : len(asked)], cache)
-                if stop < n:
-                    kept = np.flatnonzero(tree.end[nodes] > stop)
-                    carried, cache = nodes[kept], _select(cache, kept)
+            yield Piece(nodes, asked, output.logits[0, : len(asked)], cache)
+            if stop < n:
+                carried, cache = nodes[kept], _select(cache, kept)
 
     def _mask(self, tree: TokenTree, nodes: Indices, n_new: int) -> Tensor | None:
         """Let each new node see its ancestors and itself, (1, 1, n_new, all nodes).
@@ -173,6 +172,7 @@ def attention_mask(model: PreTrainedModel, visible: Tensor) -> Tensor:
     return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, hidden)
 
 
+@torch.inference_mode()
 def _select(cache: DynamicCache, kept: Indices) -> DynamicCache:
     """Copy some tokens' keys and values into a new cache."""
     selected = DynamicCache()

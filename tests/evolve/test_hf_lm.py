@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evolve.engines import token_tree
+from evolve.engines import EngineSettings, token_tree
+from evolve.engines.hf import HfEngine
 from evolve.engines.hf_lm import ResidentLM
 from evolve.engines.token_tree import TreeReader, tree_of
-from evolve.errors import TrialEngineError
+from evolve.errors import SearchFileError, TrialEngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,15 +189,31 @@ def test_sampled_texts_are_lm_evals_own_and_the_same_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}, {"eos_token_id": 5}]
+    ("settings", "batch_size"),
+    [({"repetition_penalty": 1.5}, 64), ({"no_repeat_ngram_size": 2}, 64), ({"eos_token_id": 5}, 1)],
 )
-def test_generation_settings_of_the_model_count_as_in_hflm(settings: dict[str, Any]) -> None:
+def test_generation_settings_of_the_model_count_as_in_hflm(
+    settings: dict[str, Any], batch_size: int
+) -> None:
+    """A penalty counts padding too, so what goes HFLM's own way goes in HFLM's batches."""
     model = build("Llama")
     for key, value in settings.items():
         setattr(model.generation_config, key, value)
     ours, theirs = pair(model)
+    theirs.batch_size_per_gpu = batch_size
     requests = [Request((text, {"until": ["\n"], "max_gen_toks": 16})) for text in texts(8)]
     assert ours.generate_until(requests) == theirs.generate_until(requests, disable_tqdm=True)
+
+
+def test_a_special_token_that_is_a_stop_sequence_ends_an_answer_as_in_hflm() -> None:
+    """`<pad>` is one, and has an "a" in it."""
+    ours, theirs = pair(build("Llama"))
+    theirs.batch_size_per_gpu = 1
+    for until in (["<pad>"], ["a", "2"]):
+        asked = [Request((text, {"until": until, "max_gen_toks": 60})) for text in texts(12)]
+        found = ours.generate_until(asked)
+        assert found == theirs.generate_until(asked, disable_tqdm=True)
+        assert any(len(text) < 20 for text in found)
 
 
 def test_a_tokenizer_without_pad_token_and_an_empty_prompt_are_answered() -> None:
@@ -285,3 +304,14 @@ def test_shared_tokens_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     for _ in reader.read(tree, np.array([len(tree.tokens) - 1])):
         pass
     assert sum(computed) == 40 + 5 + 20
+
+
+def test_an_unknown_option_of_the_engine_is_a_fault_and_the_weights_are_counted() -> None:
+    folder = ROOT / "configs/quickstart/models/base"
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(SearchFileError, match=r"'batchsize', which .* did you mean 'batch_size'"):
+        HfEngine(EngineSettings(config, folder, options={"batchsize": 8}))
+    engine = HfEngine(EngineSettings(config, folder, options={"batch_size": 8, "shared_prefixes": False}))
+    tensors = load_file(folder / "model.safetensors").values()
+    assert engine.memory_gb()["weights"] == pytest.approx(sum(t.nbytes for t in tensors) / 1e9, rel=0.01)
+    assert engine.lm().batch_size == 8
