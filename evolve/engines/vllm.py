@@ -304,11 +304,14 @@ def _reported(options: dict[str, Any]) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Find the line that says most: pydantic wraps it, other errors begin or end with it."""
+    """Find the line that says most: pydantic names the field, other errors begin or end with it."""
+    if callable(found := getattr(error, "errors", None)) and (details := found()):
+        where = ".".join(str(part) for part in details[0]["loc"])
+        text = str(details[0]["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        return f"{where}: {text}" if where else text.splitlines()[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("Value error,", "Assertion failed,"))]
-    text = (telling or lines or [type(error).__name__])[0]
-    return text.removeprefix("Value error, ").split(" [type=")[0]
+    lines = lines or [type(error).__name__]
+    return lines[-1] if lines[0].endswith(":") else lines[0]
 
 
 def _repair(reason: str) -> str:
@@ -318,12 +321,12 @@ def _repair(reason: str) -> str:
         return "lower scoring.engine.max_model_len, or give kv_cache_memory_bytes there more"
     if "max_model_len" in told or "max_position_embeddings" in told:
         return "lower scoring.engine.max_model_len"
-    if "kv cache" in told or "kv_cache" in told or "no available memory for the cache" in told:
+    if "kv cache" in told or "cache blocks" in told:
         return "set scoring.engine.kv_cache_memory_bytes to what is free, or lower max_model_len"
     if "memory" in told:
         return "lower scoring.engine.gpu_memory_utilization or max_model_len"
-    if "architecture" in told or "model type" in told:
-        return "vLLM does not know this model; use --backend hf"
+    if "this architecture" in told or "architectures" in told or "unsupported" in told:
+        return "vLLM cannot run such a model here; use --backend hf"
     if "tensor parallel" in told or "divisible" in told or "world size" in told:
         return "change scoring.engine.tensor_parallel_size"
     if "background process" in told or "core initialization" in told:

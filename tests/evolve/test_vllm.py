@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
 pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).resolve().parents[2]
+TESTBED = Path(os.environ.get("EVOLVE_TESTBED", "/tmp/testbed"))
 MAX_MODEL_LEN = 96
 
 
@@ -71,7 +76,7 @@ def blend(tied_pair: Path, weight: float) -> Recipe:
         {"model": str(tied_pair / name), "parameters": {"weight": share}}
         for name, share in (("a", 1 - weight), ("b", weight))
     ]
-    return Recipe.parse({"merge_method": "linear", "tied_pair": sources, "dtype": "float32"})
+    return Recipe.parse({"merge_method": "linear", "models": sources, "dtype": "float32"})
 
 
 def likelihoods(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -320,3 +325,17 @@ def test_an_architecture_that_vllm_does_not_know(tied_pair: Path, tmp_path: Path
     config |= {"architectures": ["NobodysForCausalLM"], "model_type": "nobody"}
     with pytest.raises(TrialEngineError, match="--backend hf"):
         VllmEngine(EngineSettings(config, tied_pair / "a"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (TESTBED / "base").is_dir(), reason="the testbed is not built")
+def test_200_questions_with_four_letters_take_200_requests() -> None:
+    """On a real model: as hf scores them, and at least twice as fast as a request a choice."""
+    script = ROOT / "tests/benchmarks/multiple_choice.py"
+    command = [sys.executable, str(script), str(TESTBED / "base"), "--rounds", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["documents"] == figures["requests"] == 200
+    assert figures["same_as_hf"] >= 0.99
+    assert figures["times_faster"] >= 2
