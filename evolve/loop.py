@@ -111,19 +111,17 @@ def run(
             before = study.note("seconds_total") or 0.0
 
             def show(event: str) -> None:
-                if event != "answered":  # now and then, so that a run that is killed leaves its seconds
+                if event != "answered":  # now and then, so that any end leaves the seconds behind
                     study.keep_note("seconds_total", before + time.monotonic() - began)
                 progress(event, study, plan)
 
             show("started")
-            try:
-                search(study, plan, pool, show)
-                verdict = judge(study, plan, pool, lambda: show("baseline"))
-            finally:
-                study.keep_note("seconds_total", before + time.monotonic() - began)
+            search(study, plan, pool, show)
+            verdict = judge(study, plan, pool, lambda: show("baseline"))
+            show("verdict")
     finally:
+        # And nothing more into the storage: a pause may have come in the middle of a transaction.
         pool.close()
-    progress("verdict", study, plan)
     return _result(study, plan, verdict, was_complete=False)
 
 

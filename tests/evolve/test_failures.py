@@ -179,18 +179,11 @@ print(json.dumps(told))
 @pytest.mark.vllm
 def test_vllm_answers_or_says_why_and_goes_on(tasks: Path, tmp_path: Path) -> None:
     """Without a pad token, too, which vLLM does not need."""
-    names = [
-        "plain",
-        "without_end",
-        "long_prompt",
-        "long_question",
-        "empty_answer",
-        "long_option",
-        "raises",
-    ]
+    bounded = ["plain", "without_end", "long_prompt", "long_question", "empty_answer"]
+    unfit = ["long_option", "without_limit"]
     models = without(save_vllm_models(tmp_path / "m"), tmp_path / "n", ("pad_token", "pad_token_id"))
     done = subprocess.run(
-        [sys.executable, "-c", ANSWERED, str(tasks), str(models / "sort"), *names, "without_limit"],
+        [sys.executable, "-c", ANSWERED, str(tasks), str(models / "sort"), *bounded, *unfit, "raises"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -199,11 +192,11 @@ def test_vllm_answers_or_says_why_and_goes_on(tasks: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    for name in ("plain", "without_end", "long_prompt", "long_question", "empty_answer"):
+    for name in bounded:
         assert isinstance(told[name], float), told[name]
     assert told["raises"] == "task: scoring raises: ZeroDivisionError: no such day"
     # What does not fit the context is cut, as prompts are, or refused by name; it never hangs.
-    for name in ("long_option", "without_limit"):
+    for name in unfit:
         assert isinstance(told[name], float) or re.search("64|300|256", told[name]), told[name]
 
 
