@@ -6,6 +6,7 @@ a file that it includes; a group's file also names the group's members.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,7 +67,7 @@ class Catalogue:
                 path = stack.pop()
                 if path not in files:
                     files.add(path)
-                    stack += self._by_word.get(path.name, ())  # those that include it
+                    stack += self._including(path)
                     for group, named in self._groups(path).items():
                         groups[group] |= named
             members = groups[name]
@@ -75,6 +76,18 @@ class Catalogue:
             wanted += members - seen
             seen |= members
         return files
+
+    def _including(self, path: Path) -> list[Path]:
+        """Return the files that include a file."""
+        return [
+            other
+            for other in self._by_word.get(path.name, ())
+            if any(
+                os.path.normpath(other.parent / word) == str(path)
+                for word in _TOKEN.findall(self._texts[other])
+                if word.endswith(path.name)
+            )
+        ]
 
     def _groups(self, path: Path) -> dict[str, set[str]]:
         """Return the group that a file defines, if it does, with the names of its members."""
