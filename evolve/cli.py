@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 MAX_FAULTS = 20
 EXIT_OTHER, EXIT_INPUT, EXIT_PAUSED = 1, 2, 130
+PAUSED = "paused; everything finished is recorded, run the same command again to go on"
+# How long a pause may take before the process leaves as it is.
+PATIENCE_S = 30
 _NOT_THE_INPUT = (HubUnreachableError, StorageError, SearchStoppedError, PushError)
 
 app = typer.Typer(
@@ -90,7 +94,8 @@ def run(
         _check(search_file, device, trust_remote_code, allow_unsafe_code)
         return
     from evolve import loop
-    from evolve.report import ProgressLine, print_result, result_json
+    from evolve.progress import ProgressLine
+    from evolve.report import print_result, result_json
 
     progress = ProgressLine()
     try:
@@ -103,6 +108,7 @@ def run(
             trust_remote_code=trust_remote_code,
             allow_unsafe_code=allow_unsafe_code,
             progress=_unless_paused(progress),
+            under_way=_unless_paused(progress.under_way),
         )
     finally:
         progress.close()
@@ -114,7 +120,8 @@ def run(
     else:
         print_result(data, str(folder))
     if result.best is None:
-        _end(["no candidate completed; see evolve status for the failures"], EXIT_OTHER)
+        why = loop.commonest_failure(result.study.trials())
+        _end([f"no candidate completed; {why}"], EXIT_OTHER)
 
 
 def _check(
@@ -122,16 +129,25 @@ def _check(
 ) -> None:
     from evolve.loop import Workers, start_pool
     from evolve.plan import make_plan
+    from evolve.progress import ProgressLine
     from evolve.report import print_check
 
-    plan = make_plan(
-        search_file,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        allow_unsafe_code=allow_unsafe_code,
-    )
-    start_pool(plan, Workers()).close()
-    print_check(plan)
+    progress = ProgressLine()
+    try:
+        plan = make_plan(
+            search_file,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_unsafe_code=allow_unsafe_code,
+            under_way=_unless_paused(progress.under_way),
+        )
+        progress.under_way(f"starting the {plan.setup.backend} engine")
+        pool = start_pool(plan, Workers())
+        memory = pool.memory(plan.references(), plan.start.dtype)
+        pool.close()
+    finally:
+        progress.close()
+    print_check(plan, memory)
 
 
 @app.command()
@@ -235,7 +251,15 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="documents a task, drawn by seed; default: all")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the draw of documents")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="seed of the draw of documents; default 0")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="compare with this one of them; default: the first")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="score each recipe's models alone and their average too")
+    ] = False,
     task_path: TaskPathOption = None,
     backend: BackendOption = None,
     device: DeviceOption = None,
@@ -247,24 +271,29 @@ def evaluate(
     """Score models and recipes on tasks, side by side."""
     _quiet_libraries()
     from evolve.evaluation import EvalOptions, evaluate_models
+    from evolve.progress import ProgressLine
     from evolve.report import print_scores
 
-    scored = evaluate_models(
-        models,
-        EvalOptions(
-            tasks=tuple(task or ()),
-            like=like,
-            split=split,
-            limit=limit,
-            seed=seed,
-            task_paths=tuple(task_path) if task_path else None,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            allow_unsafe_code=allow_unsafe_code,
-        ),
+    options = EvalOptions(
+        tasks=tuple(task or ()),
+        like=like,
+        split=split,
+        limit=limit,
+        seed=seed,
+        task_paths=tuple(task_path) if task_path else None,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        baseline=baseline,
+        with_baselines=baselines,
+        trust_remote_code=trust_remote_code,
+        allow_unsafe_code=allow_unsafe_code,
     )
+    progress = ProgressLine()
+    try:
+        scored = evaluate_models(models, options, _unless_paused(progress.under_way))
+    finally:
+        progress.close()
     if as_json:
         print(json.dumps({"models": scored}))
     else:
@@ -278,6 +307,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def _say(text: str) -> None:
@@ -310,7 +340,16 @@ def _pause(signum: int, frame: Any) -> NoReturn:
     # A second signal stops at once.
     signal.signal(signum, signal.SIG_DFL)
     _signals.append(signum)
+    # An exception out of nowhere may leave a lock behind that something waits for at the end.
+    signal.signal(signal.SIGALRM, _leave)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     raise PausedError
+
+
+def _leave(signum: int, frame: Any) -> NoReturn:
+    """Go without tidying up: what is finished was recorded when it was finished."""
+    _say(PAUSED)
+    os._exit(EXIT_PAUSED)
 
 
 def main() -> None:
@@ -322,13 +361,16 @@ def main() -> None:
     except typer.Abort:
         _end(["interrupted"], EXIT_PAUSED)
     except PausedError:
-        _say("paused; everything finished is recorded, run the same command again to go on")
+        _say(PAUSED)
         raise SystemExit(EXIT_PAUSED) from None
-    except MergeError as error:
-        _end(error.faults, EXIT_OTHER if isinstance(error, _NOT_THE_INPUT) else EXIT_INPUT)
-    except TrialError as error:
-        _end([str(error)], EXIT_OTHER)
     except Exception as error:
+        if _signals:  # the signal's exception cut something short, a transaction say, which then failed
+            _say(PAUSED)
+            raise SystemExit(EXIT_PAUSED) from None
+        if isinstance(error, MergeError):
+            _end(error.faults, EXIT_OTHER if isinstance(error, _NOT_THE_INPUT) else EXIT_INPUT)
+        if isinstance(error, TrialError):
+            _end([str(error)], EXIT_OTHER)
         # Typer's usage errors; it carries its own copy of click, so they are known by their method.
         if not hasattr(error, "format_message"):
             raise

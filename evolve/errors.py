@@ -6,6 +6,7 @@ line a fault. A `TrialError` is data: the candidate becomes a FAILED trial with 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,4 +75,10 @@ def boundary(error: type[TrialError], doing: str) -> Iterator[None]:
     except TrialError:
         raise
     except Exception as foreign:
-        raise error(f"{doing}: {type(foreign).__name__}: {foreign}") from foreign
+        raise error(f"{doing}: {type(foreign).__name__}: {str(foreign) or _line(foreign)}") from foreign
+
+
+def _line(foreign: Exception) -> str:
+    """Quote the line that raised, for an assertion that says nothing else."""
+    *_, last = traceback.extract_tb(foreign.__traceback__)
+    return f"{last.line} ({last.filename}:{last.lineno})"

@@ -1,69 +1,109 @@
-"""`evolve eval`: score models and recipes on tasks, or on a search's very documents."""
+"""`evolve eval`: score models and recipes on tasks, or on a search's very documents, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError, TrialEngineError
-from evolve.search_file import ScoringSettings, TaskSpec
+from evolve.memory import refuse_too_large
+from evolve.search_file import SECTIONS, ScoringSettings, TaskSpec
 from evolve.study import Study
-from evolve.tasks import SPLITS, TaskSet, reference_faults
-from evolve.verdict import score_interval
+from evolve.tasks import SPLITS, Outcomes, TaskSet, reference_faults
+from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
+from evolve.verdict import baseline_jobs, difference_interval, same_prompts, score_interval
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
+from merge_core.errors import CheckpointError, RecipeError, nearest
 from merge_core.plan import Sources, donor, merged_config, model_alone, plan_merge
-from merge_core.recipe import Recipe
+from merge_core.recipe import Recipe, load_yaml
+
+# What a config says of where a model came from, not of what it computes.
+_ORIGIN = ("_name_or_path", "name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What to score on: `tasks`, or the documents of the search in `like`."""
+    """What to score on, `tasks` or the documents of the search in `like`, and against what.
+
+    Attributes:
+        split: with `like`, on which documents.
+        limit, seed: documents a task, drawn by seed; None = all, and seed 0.
+        baseline: the model that the others are compared with; None = the first.
+        with_baselines: score each recipe's models alone, and their average, too.
+        dtype: score in this dtype instead of the model's own.
+    """
 
     tasks: tuple[str, ...] = ()
     like: Path | None = None
     split: str = "search"
     limit: int | None = None
-    seed: int = 0
+    seed: int | None = None
     task_paths: tuple[str, ...] | None = None
     backend: str | None = None
     device: str | None = None
     dtype: str | None = None
+    baseline: str | None = None
+    with_baselines: bool = False
     trust_remote_code: bool = False
     allow_unsafe_code: bool = False
 
 
-def evaluate_models(models: Sequence[str], options: EvalOptions) -> list[dict[str, Any]]:
-    """Score each model or recipe.
+def evaluate_models(
+    models: Sequence[str], options: EvalOptions, under_way: UnderWay = nobody_waits
+) -> list[dict[str, Any]]:
+    """Score each model or recipe, asked with its own tokenizer.
+
+    Args:
+        models: folders, Hub ids, recipe files.
+        options: see EvalOptions.
+        under_way: told what is being done.
 
     Returns:
-        One {"name", "scores", "intervals", "n_documents"} a model, in order.
+        One {"name", "scores", "intervals", "n_documents", "over", "differences"} a model, in order;
+        "differences" holds by task its score minus that of the model named in "over", paired, with
+        a 95% interval, and is empty for that model itself.
 
     Raises:
         SearchFileError: with every fault of models, recipes, tasks and options.
+        TrialEngineError: a model could not be scored.
     """
     specs, scoring, seed = _what(options)
     sources = Sources()
     faults: list[str] = []
-    recipes = [_recipe(model, options.dtype, sources, faults) for model in models]
+    recipes = {
+        name: recipe
+        for name in dict.fromkeys(models)
+        if (recipe := _recipe(name, options.dtype, sources, faults)) is not None
+    }
+    if options.with_baselines:
+        recipes |= _baselines(recipes, options.dtype)
+    over = options.baseline or models[0]
+    if over not in recipes and not faults:
+        faults.append(
+            f"--baseline is {over!r}, which is not among what is scored; {nearest(over, recipes)}"
+        )
     device = resolve_device(options.device)
     backend = resolve_backend(scoring.backend, device)
     tasks = None
     try:
-        tasks = TaskSet(specs, scoring, seed, allow_unsafe_code=options.allow_unsafe_code)
+        with data_sets_counted(under_way, f"loading tasks {', '.join(spec.name for spec in specs)}"):
+            tasks = TaskSet(specs, scoring, seed, allow_unsafe_code=options.allow_unsafe_code)
     except SearchFileError as error:
         faults += error.faults
     if tasks is not None and not faults:
-        faults += [f for r in recipes if r for f in reference_faults(tasks.tasks, r, sources)]
+        faults += [f for r in recipes.values() for f in reference_faults(tasks.tasks, r, sources)]
     if faults or tasks is None:
         raise SearchFileError(faults)
-    scored = []
-    for name, recipe in zip(models, recipes, strict=True):
-        assert recipe is not None
+
+    setups = {}
+    for name, recipe in recipes.items():
         reference = donor(recipe)
-        setup = WorkerSetup(
+        setups[name] = WorkerSetup(
             backend=backend,
             engine=EngineSettings(
                 merged_config(recipe, sources),
@@ -78,24 +118,73 @@ def evaluate_models(models: Sequence[str], options: EvalOptions) -> list[dict[st
             prompting=Prompting(reference, scoring.apply_chat_template),
             allow_unsafe_code=options.allow_unsafe_code,
         )
+    outcomes = dict(_outcomes(recipes, setups, tasks, sources, options.split, under_way))
+    return [_scored(name, outcomes, tasks, over) for name in recipes]
+
+
+def _outcomes(
+    recipes: Mapping[str, Recipe],
+    setups: Mapping[str, WorkerSetup],
+    tasks: TaskSet,
+    sources: Sources,
+    split_name: str,
+    under_way: UnderWay,
+) -> Iterator[tuple[str, Outcomes]]:
+    """Score all models, those of one shape with one engine, whose weights are changed in place."""
+    split = SPLITS[SPLITS.index(split_name)]
+    by_shape: dict[str, list[str]] = {}
+    for name, setup in setups.items():
+        by_shape.setdefault(_shape(setup.engine), []).append(name)
+    n_done = 0
+    for names in by_shape.values():
+        setup = setups[names[0]]
+        under_way(f"starting the {setup.backend} engine")
+        refuse_too_large(recipes[names[0]], sources, setup.engine.device, 1)
         worker = Worker(setup, tasks, sources)
-        split = SPLITS[SPLITS.index(options.split)]
-        result = worker.evaluate(Job(name, "trial", recipe, (split,), (setup.prompting,)))
-        if result.failure:
-            raise TrialEngineError(f"{name} could not be scored: {result.failure[1]}")
-        outcomes = result.outcomes[setup.prompting][split]
-        intervals = {
-            task.key: asdict(score_interval(task, outcomes[task.key], seed)) for task in tasks.tasks
+        promptings: list[Prompting] = []
+        for name in names:
+            n_done += 1
+            under_way(f"scoring: {name} ({n_done} of {len(setups)})")
+            own = setups[name].prompting
+            # Requests are built once for tokenizers that are the same.
+            prompting = next((known for known in promptings if same_prompts(known, own)), own)
+            promptings.append(prompting)
+            result = worker.evaluate(Job(name, "trial", recipes[name], (split,), (prompting,)))
+            if result.failure:
+                raise TrialEngineError(f"{name} could not be scored: {result.failure[1]}")
+            yield name, result.outcomes[prompting][split]
+        # Before the next engine takes its memory.
+        del worker
+        gc.collect()
+
+
+def _shape(engine: EngineSettings) -> str:
+    """Spell what an engine is built from; models that agree in it can take turns in one."""
+    config = {key: value for key, value in engine.config.items() if key not in _ORIGIN}
+    generation = engine.folder / "generation_config.json"
+    defaults = json.loads(generation.read_text()) if generation.is_file() else {}
+    defaults = {key: value for key, value in defaults.items() if key not in _ORIGIN}
+    return json.dumps([config, defaults], sort_keys=True)
+
+
+def _scored(name: str, outcomes: Mapping[str, Outcomes], tasks: TaskSet, over: str) -> dict[str, Any]:
+    own, others = outcomes[name], outcomes[over]
+    differences = {}
+    if name != over:
+        differences = {
+            task.key: asdict(difference_interval(task, own[task.key], others[task.key], tasks.seed))
+            for task in tasks.tasks
         }
-        scored.append(
-            {
-                "name": name,
-                "scores": tasks.scores(outcomes),
-                "intervals": intervals,
-                "n_documents": {key: len(values) for key, values in outcomes.items()},
-            }
-        )
-    return scored
+    return {
+        "name": name,
+        "scores": tasks.scores(own),
+        "intervals": {
+            task.key: asdict(score_interval(task, own[task.key], tasks.seed)) for task in tasks.tasks
+        },
+        "n_documents": {key: len(values) for key, values in own.items()},
+        "over": over,
+        "differences": differences,
+    }
 
 
 def _what(options: EvalOptions) -> tuple[list[TaskSpec], ScoringSettings, int]:
@@ -106,6 +195,7 @@ def _what(options: EvalOptions) -> tuple[list[TaskSpec], ScoringSettings, int]:
         raise SearchFileError("name what to score on: --task NAME, or --like DIR, not both")
     changes: dict[str, Any] = {"backend": options.backend}
     if options.like is not None:
+        _refuse_with_like(options)
         search_file = Study.open(options.like).search_file()
         if options.split == "holdout" and not search_file.scoring.holdout:
             raise SearchFileError(f"--split is holdout; the search in {options.like} kept none")
@@ -114,7 +204,7 @@ def _what(options: EvalOptions) -> tuple[list[TaskSpec], ScoringSettings, int]:
         if options.split != "search":
             raise SearchFileError("--split goes with --like DIR; without it all documents are one split")
         specs = [TaskSpec(name=name) for name in dict.fromkeys(options.tasks)]
-        scoring, seed = ScoringSettings(limit=options.limit, holdout=0.0), options.seed
+        scoring, seed = ScoringSettings(limit=options.limit, holdout=0.0), options.seed or 0
     if options.task_paths:
         changes["task_paths"] = list(options.task_paths)
     data = scoring.model_dump() | {key: value for key, value in changes.items() if value is not None}
@@ -123,19 +213,56 @@ def _what(options: EvalOptions) -> tuple[list[TaskSpec], ScoringSettings, int]:
     return list(specs), ScoringSettings(**data), seed
 
 
+def _refuse_with_like(options: EvalOptions) -> None:
+    given = {"--limit": options.limit, "--seed": options.seed}
+    faults = [
+        f"{option} is {value}; with --like the documents are those of the search in {options.like}, "
+        f"leave it out, or name --task instead of --like"
+        for option, value in given.items()
+        if value is not None
+    ]
+    if faults:
+        raise SearchFileError(faults)
+
+
 def _recipe(model: str, dtype: str | None, sources: Sources, faults: list[str]) -> Recipe | None:
     """Read a recipe file, or make the recipe of a model as it is; collect faults."""
-    from merge_core.errors import CheckpointError, RecipeError
-
     try:
         if Path(model).is_file() and Path(model).suffix in (".yml", ".yaml"):
+            data = load_yaml(model)
+            if isinstance(data, Mapping) and {*SECTIONS, "genome"} & set(data):
+                faults.append(
+                    f"{model} is a search file, whose values are ranges; name its result, the best.yml "
+                    f"in the search's folder, or a recipe without {', '.join(SECTIONS)}"
+                )
+                return None
             recipe = Recipe.load(model, strict=False)
         else:
             recipe = model_alone(model)
-        if dtype:
-            recipe = Recipe.parse({**recipe.as_config(), "out_dtype": dtype})
+        recipe = _in_dtype(recipe, dtype)
         plan_merge(recipe, sources)
     except (CheckpointError, RecipeError) as error:
         faults += error.faults
         return None
     return recipe
+
+
+def _in_dtype(recipe: Recipe, dtype: str | None) -> Recipe:
+    return Recipe.parse({**recipe.as_config(), "out_dtype": dtype}) if dtype else recipe
+
+
+def _baselines(recipes: Mapping[str, Recipe], dtype: str | None) -> dict[str, Recipe]:
+    """List what each recipe has to beat, but for what is scored already: its models alone, and
+    their average."""
+    found: dict[str, Recipe] = {}
+    averages = []
+    for name, recipe in recipes.items():
+        if len(recipe.references()) < 2:
+            continue
+        *alone, average, _ = baseline_jobs(recipe, Prompting(donor(recipe), False))
+        found |= {job.name: _in_dtype(job.recipe, dtype) for job in alone if job.name not in recipes}
+        if average.recipe not in averages:
+            averages.append(average.recipe)
+            of = f" of {name}" if len(averages) > 1 else ""
+            found[f"average{of}"] = _in_dtype(average.recipe, dtype)
+    return found

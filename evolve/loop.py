@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
 from evolve.errors import SearchStoppedError
-from evolve.export import export_yaml
+from evolve.export import write_best
+from evolve.judge import judge, kept_verdict
+from evolve.memory import refuse_too_large
 from evolve.plan import Plan, make_plan
 from evolve.samplers import Proposal, make_sampler
 from evolve.search_file import SearchFile
-from evolve.study import Study, load_outcomes, save_outcomes
-from evolve.tasks import SPLITS, Outcomes, Split
-from evolve.verdict import Verdict, baseline_jobs, conclude
+from evolve.study import Study
+from evolve.under_way import UnderWay, nobody_waits
+from evolve.verdict import Verdict
 from evolve.workers import Pool
 from evolve.workers.local import LocalPool
 from evolve.workers.worker import Job, Result, Seconds, Worker
-from merge_core.checkpoint.write import write_text
 from merge_core.errors import RecipeError
 from merge_core.recipe import Recipe
 
@@ -67,6 +68,7 @@ def run(
     trust_remote_code: bool = False,
     allow_unsafe_code: bool = False,
     progress: Progress = lambda event, study, plan: None,
+    under_way: UnderWay = nobody_waits,
 ) -> StudyResult:
     """Run a search, or go on with it, up to `n_iterations` candidates in total.
 
@@ -74,8 +76,9 @@ def run(
         search_file: what to search.
         folder: the storage path, by default NAME-search; made, or resumed where it holds this search.
         storage: URL of another storage than folder/study.db.
-        progress: called with "starting" (before there is a study), "started", "told", "baseline"
-            and "verdict".
+        progress: called with "starting" (before there is a study), "started", "answered" (nothing of
+            the result is recorded yet), "told", "baseline" and "verdict".
+        under_way: told what is being done before there is a study: downloads, data sets.
 
     Raises:
         SearchFileError, ResumeRefusedError: the input is at fault; nothing was written.
@@ -89,33 +92,40 @@ def run(
         device=device,
         trust_remote_code=trust_remote_code,
         allow_unsafe_code=allow_unsafe_code,
+        under_way=under_way,
     )
     if Study.is_in(folder):
         study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
-        if (kept := _kept_verdict(study, plan)) is not None:
+        if (kept := kept_verdict(study, plan)) is not None:
             return _result(study, plan, kept, was_complete=True)
     # A new search writes nothing before its engine is up.
     progress("starting", None, plan)
     pool = start_pool(plan, workers or Workers())
     try:
+        memory = pool.memory(plan.references(), plan.start.dtype)
         study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
         with study.locked():
             study.keep_note("documents", plan.documents())
             study.keep_note("n_layers", plan.n_layers)
-            progress("started", study, plan)
-            try:
-                search(study, plan, pool, lambda: progress("told", study, plan))
-                verdict = judge(study, plan, pool, lambda: progress("baseline", study, plan))
-            finally:
-                spent = (study.note("seconds_total") or 0) + time.monotonic() - began
-                study.keep_note("seconds_total", spent)
+            study.keep_note("memory", asdict(memory))
+            before = study.note("seconds_total") or 0.0
+
+            def show(event: str) -> None:
+                if event != "answered":  # now and then, so that any end leaves the seconds behind
+                    study.keep_note("seconds_total", before + time.monotonic() - began)
+                progress(event, study, plan)
+
+            show("started")
+            search(study, plan, pool, show)
+            verdict = judge(study, plan, pool, lambda: show("baseline"))
+            show("verdict")
     finally:
+        # And nothing more into the storage: a pause may have come in the middle of a transaction.
         pool.close()
-    progress("verdict", study, plan)
     return _result(study, plan, verdict, was_complete=False)
 
 
-def search(study: Study, plan: Plan, pool: Pool, told: Callable[[], None]) -> None:
+def search(study: Study, plan: Plan, pool: Pool, show: Callable[[str], None]) -> None:
     """Propose and evaluate candidates until `n_iterations` are finished or time is up."""
     settings = plan.search_file.search
     sampler = make_sampler(settings.sampler, plan.space, settings.seed)
@@ -145,9 +155,11 @@ def search(study: Study, plan: Plan, pool: Pool, told: Callable[[], None]) -> No
             pending += 1
         if not pending:
             return
-        record(study, plan, pool.wait())
+        result = pool.wait()
+        show("answered")
+        record(study, plan, result)
         pending -= 1
-        told()
+        show("told")
         _stop_if_hopeless(study, settings.max_failed_share)
 
 
@@ -165,99 +177,34 @@ def record(study: Study, plan: Plan, result: Result) -> None:
         write_best(study, plan, best)
 
 
-def write_best(study: Study, plan: Plan, best: FrozenTrial, verdict: Verdict | None = None) -> None:
-    """Keep best.yml current."""
-    write_text(
-        study.folder / "best.yml", exported(study, plan.space.recipe(best.params), best, plan, verdict)
-    )
-
-
-def exported(
-    study: Study, recipe: Recipe, trial: FrozenTrial, plan: Plan, verdict: Verdict | None = None
-) -> str:
-    """Return a trial's recipe as YAML with its provenance."""
-    holdout = verdict.holdout if verdict and verdict.trial == trial.number else {}
-    return export_yaml(
-        recipe,
-        study.name,
-        trial.number,
-        plan.search_file.search.seed,
-        trial.user_attrs["scores"],
-        {task: asdict(interval) for task, interval in holdout.items()},
-        plan.documents(),
-    )
-
-
 def _stop_if_hopeless(study: Study, max_failed_share: float) -> None:
     trials = study.trials()
-    failures = [trial.user_attrs["failure"] for trial in trials if trial.state == TrialState.FAIL]
-    n_finished = len(failures) + sum(trial.state == TrialState.COMPLETE for trial in trials)
-    if n_finished >= _FEW and len(failures) > max_failed_share * n_finished:
-        (kind, text), n = Counter((f["kind"], f["text"]) for f in failures).most_common(1)[0]
+    n_failed = sum(trial.state == TrialState.FAIL for trial in trials)
+    n_finished = n_failed + sum(trial.state == TrialState.COMPLETE for trial in trials)
+    if n_finished >= _FEW and n_failed > max_failed_share * n_finished:
         raise SearchStoppedError(
-            f"{len(failures)} of {n_finished} candidates failed, more than search.max_failed_share "
-            f"{max_failed_share}; the commonest cause ({n} times, at {kind}): {text}"
+            f"{n_failed} of {n_finished} candidates failed, more than search.max_failed_share "
+            f"{max_failed_share}; {commonest_failure(trials)}"
         )
 
 
-def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> Verdict | None:
-    """Score baselines and winner on the holdout and compare them; None where every trial failed."""
-    best = study.best()
-    if best is None:
-        return None
-    splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
-    jobs = [replace(job, splits=splits) for job in baseline_jobs(plan.start, plan.setup.prompting)]
-    baselines = {
-        job.name: outcomes
-        for i, job in enumerate(jobs)
-        if (outcomes := _kept_outcomes(study, plan, pool, job, f"baseline-{i}", scored))
-    }
-    recipe = plan.space.recipe(best.params)
-    winner: dict[Split, Outcomes] | None = {"search": {}, "holdout": {}}
-    if "holdout" in splits:
-        job = Job(str(best.number), "winner", recipe, ("holdout",), (plan.setup.prompting,))
-        winner = _kept_outcomes(study, plan, pool, job, f"holdout-{best.number}", scored)
-    if winner is None:
-        _, kind, text = study.note(f"holdout-{best.number} failed")
-        raise SearchStoppedError(
-            f"the winner, trial {best.number}, could not be scored on the holdout ({kind}: {text}); "
-            f"run the same command again to try once more"
-        )
-    verdict = conclude(plan.tasks, best.number, winner["holdout"], baselines)
-    if unscored := [job.name for job in jobs if job.name not in baselines]:
-        text = f"{verdict.text}; not compared with {', '.join(unscored)}, which could not be scored"
-        verdict = replace(verdict, text=text)
-    write_best(study, plan, best, verdict)
-    finished = sum(t.state != TrialState.RUNNING for t in study.trials())
-    study.keep_note("verdict", {**asdict(verdict), "finished": finished})
-    return verdict
-
-
-def _kept_outcomes(
-    study: Study, plan: Plan, pool: Pool, job: Job, file: str, scored: Callable[[], None]
-) -> dict[Split, Outcomes] | None:
-    """Score a recipe outside the trials, or recall it; None where it cannot be scored.
-
-    Of several promptings the one with the better objective on the last split counts.
-    """
-    path = study.outcomes_path(file)
-    if not path.exists():
-        pool.submit(job)
-        result = pool.wait()
-        if result.failure:
-            study.keep_note(f"{file} failed", [job.name, *result.failure])
-            return None
-
-        def objective(by_split: Mapping[Split, Outcomes]) -> float:
-            return plan.tasks.objective(plan.tasks.scores(by_split[job.splits[-1]]))
-
-        save_outcomes(path, max(result.outcomes.values(), key=objective))
-        scored()
-    return load_outcomes(path)
+def commonest_failure(trials: Sequence[FrozenTrial]) -> str:
+    """Say why most of the failed trials failed."""
+    failures = [t.user_attrs["failure"] for t in trials if t.state == TrialState.FAIL]
+    if not failures:
+        return "none failed"
+    (kind, text), n = Counter((f["kind"], f["text"]) for f in failures).most_common(1)[0]
+    return f"the commonest cause ({n} times, at {kind}): {text}"
 
 
 def start_pool(plan: Plan, workers: Workers) -> Pool:
-    """Start the workers: this process for one, Ray actors for more."""
+    """Start the workers: this process for one, Ray actors for more.
+
+    Raises:
+        SearchFileError: the engine cannot fit or start with these settings.
+    """
+    n_here = 1 if workers.ray_address else workers.count
+    refuse_too_large(plan.start, plan.sources, plan.setup.engine.device, n_here)
     if workers.count == 1 and workers.ray_address is None:
         return LocalPool(Worker(plan.setup, plan.tasks, plan.sources))
     from evolve.workers.ray import RayPool
@@ -271,14 +218,3 @@ def _result(study: Study, plan: Plan, verdict: Verdict | None, was_complete: boo
     best = study.best()
     recipe = plan.space.recipe(best.params) if best else None
     return StudyResult(study, best, recipe, verdict, was_complete)
-
-
-def _kept_verdict(study: Study, plan: Plan) -> Verdict | None:
-    """Recall the verdict of a search that is complete."""
-    note = study.note("verdict")
-    best = study.best()
-    if note is None or best is None or note["trial"] != best.number:
-        return None
-    if note["finished"] < plan.search_file.search.n_iterations:
-        return None
-    return Verdict.recalled(note)

@@ -11,6 +11,7 @@ from evolve.samplers import resolve_sampler
 from evolve.search_file import SearchFile
 from evolve.space import Space
 from evolve.tasks import TaskSet, reference_faults
+from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Prompting, WorkerSetup
 from merge_core.checkpoint.write import has_tokenizer
 from merge_core.errors import CheckpointError, MergeError
@@ -80,8 +81,16 @@ def make_plan(
     device: str | None = None,
     trust_remote_code: bool = False,
     allow_unsafe_code: bool = False,
+    under_way: UnderWay = nobody_waits,
 ) -> Plan:
     """Check a search file against models, tasks and machine.
+
+    Args:
+        search_file: what to search.
+        device: torch device; None = a GPU if there is one.
+        trust_remote_code: allow the models' own Python files to run.
+        allow_unsafe_code: allow tasks that execute what a model wrote.
+        under_way: told what is being done; downloads may take long.
 
     Raises:
         SearchFileError: with every fault found.
@@ -102,15 +111,17 @@ def make_plan(
     sampler, why = resolve_sampler(search_file.search.sampler, space)
     search_file = search_file.changed(search={"sampler": sampler}, scoring={"backend": backend})
     start = space.recipe(space.starts())
-    faults = _model_faults(space, start, sources)
+    faults = _model_faults(space, start, sources, under_way)
     tasks = None
+    named = ", ".join(dict.fromkeys(task.name for task in search_file.tasks))
     try:
-        tasks = TaskSet(
-            search_file.tasks,
-            search_file.scoring,
-            search_file.search.seed,
-            allow_unsafe_code=allow_unsafe_code,
-        )
+        with data_sets_counted(under_way, f"loading tasks {named}"):
+            tasks = TaskSet(
+                search_file.tasks,
+                search_file.scoring,
+                search_file.search.seed,
+                allow_unsafe_code=allow_unsafe_code,
+            )
     except SearchFileError as error:
         faults += error.faults
     if tasks is not None and not faults:
@@ -136,8 +147,12 @@ def make_plan(
     return Plan(search_file, space, tasks, sources, start, setup, why)
 
 
-def _model_faults(space: Space, start: Recipe, sources: Sources) -> list[str]:
-    faults = sources.open_all(_references(space))
+def _model_faults(space: Space, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:
+    faults: list[str] = []
+    references = _references(space)
+    for i, reference in enumerate(references):
+        under_way(f"opening the models: {reference} ({i + 1} of {len(references)})")
+        faults += sources.open_all([reference])
     if faults:
         return faults
     try:

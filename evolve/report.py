@@ -1,102 +1,22 @@
-"""What the user sees: progress on stderr, the result table, the JSON object."""
+"""What a command prints to stdout: the result table, the JSON object."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
 from evolve.loop import StudyResult
+from evolve.memory import Memory
 from evolve.plan import Plan
 from evolve.study import Study
 from evolve.verdict import Interval, Verdict
 from merge_core.recipe import Recipe
-
-# Without a terminal a line is printed at most so often.
-LINE_EVERY_S = 5.0
-
-
-class ProgressLine:
-    """Progress on stderr and in DIR/run.log: candidates done, best, the split of seconds, time left."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._began = time.monotonic()
-        self._n_before = 0
-        self._last_line = 0.0
-        self._log: Path | None = None
-        self._scores_baselines = False
-        self._status = self._console.status("") if self._console.is_terminal else None
-
-    def __call__(self, event: str, study: Study | None, plan: Plan) -> None:
-        """Show an event of the loop."""
-        trials = study.trials() if study else []
-        self._log = study.folder / "run.log" if study else None
-        if event == "starting":
-            self._say(
-                f"{plan.search_file.name}: {len(plan.space.variables)} variables, sampler "
-                f"{plan.search_file.search.sampler} ({plan.why_sampler}), {plan.tasks.n_documents} "
-                f"search documents a candidate; starting the {plan.setup.backend} engine"
-            )
-        elif event == "started":
-            self._began = time.monotonic()
-            self._n_before = sum(trial.state != TrialState.RUNNING for trial in trials)
-            if self._n_before:
-                self._say(f"resuming after {self._n_before} finished candidates")
-            if self._status:
-                self._status.start()
-        elif event == "told":
-            self._told(trials, plan)
-        elif event == "baseline":
-            self._show("scoring baselines and winner on the holdout", is_due=not self._scores_baselines)
-            self._scores_baselines = True
-        elif event == "verdict" and self._status:
-            self._status.stop()
-
-    def _told(self, trials: list[FrozenTrial], plan: Plan) -> None:
-        done = [trial for trial in trials if trial.state != TrialState.RUNNING]
-        n = plan.search_file.search.n_iterations
-        values = [trial.value for trial in done if trial.value is not None]
-        latest = max(done, key=lambda trial: int(trial.user_attrs.get("told", -1)))
-        last = latest.user_attrs.get("seconds", {})
-        each = (time.monotonic() - self._began) / max(1, len(done) - self._n_before)
-        self._show(
-            f"{len(done)}/{n} candidates, best {max(values, default=float('nan')):.4f}; last: "
-            f"merge {last.get('merge', 0):.2f} s, load {last.get('load', 0):.2f} s, "
-            f"score {last.get('score', 0):.2f} s; {each * (n - len(done)):.0f} s left",
-            is_due=len(done) == n or time.monotonic() - self._last_line > LINE_EVERY_S,
-        )
-
-    def _show(self, text: str, is_due: bool) -> None:
-        """Update the live line, or print one where there is no terminal and it is time."""
-        if self._status:
-            self._status.update(text)
-            self._write(text)
-        elif is_due:
-            self._last_line = time.monotonic()
-            self._say(text)
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True, markup=False)
-        self._write(text)
-
-    def _write(self, text: str) -> None:
-        if self._log:
-            with self._log.open("a", encoding="utf-8") as log:
-                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
-
-    def close(self) -> None:
-        """Take the live line away."""
-        if self._status:
-            self._status.stop()
 
 
 def result_json(result: StudyResult) -> dict[str, Any]:
@@ -134,14 +54,17 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             for b in (verdict.baselines if verdict else [])
         ],
         "gain": _gain_json(verdict) if is_current else None,
-        "verdict": _text(verdict, is_current),
+        "verdict": _text(verdict, is_current, has_only_failures=bool(finished) and best is None),
         # A run that was killed could not add its time to the total.
         "seconds": {**seconds, "total": max(study.note("seconds_total") or 0.0, sum(seconds.values()))},
         "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished),
+        "noise": asdict(verdict.noise) if verdict and is_current and verdict.noise else None,
     }
 
 
-def _text(verdict: Verdict | None, is_current: bool) -> str:
+def _text(verdict: Verdict | None, is_current: bool, has_only_failures: bool) -> str:
+    if has_only_failures:
+        return "no verdict: no candidate completed"
     if verdict is None:
         return "no verdict yet: the search is not complete"
     return verdict.text if is_current else f"not yet for the new best; before: {verdict.text}"
@@ -165,7 +88,10 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         console.print("no candidate completed", markup=False)
         return
     tasks = list(best["scores"])
-    table = Table(title=f"{data['study']}: scores on holdout documents, with 95% intervals")
+    where = "holdout documents, with 95% intervals" if best["holdout"] else "search documents"
+    # Above the table, not in it: there it would be folded to the table's width.
+    console.print(f"{data['study']}: scores on {where}", soft_wrap=True)
+    table = Table()
     table.add_column("model")
     for task in tasks:
         table.add_column(task, justify="right")
@@ -173,8 +99,6 @@ def print_result(data: dict[str, Any], folder: str) -> None:
     rows.append((f"best (trial {best['number']})", best["holdout"] or best["scores"]))
     for name, scores in rows:
         table.add_row(name, *(_cell(scores[task]) for task in tasks))
-    if not best["holdout"]:
-        table.title = f"{data['study']}: scores on search documents"
     console.print(table)
     states = data["states"]
     console.print(
@@ -186,6 +110,8 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         soft_wrap=True,
     )
     console.print(data["verdict"], markup=False, soft_wrap=True)
+    if data["noise"]:
+        console.print(_noise_line(data["noise"]), markup=False, soft_wrap=True)
     console.print(
         f"recipe: {folder}/best.yml\nmerge it: evolve merge {folder}/best.yml {folder}/model",
         markup=False,
@@ -193,26 +119,49 @@ def print_result(data: dict[str, Any], folder: str) -> None:
     )
 
 
-def _cell(score: float | dict[str, float]) -> str:
-    if isinstance(score, dict):
-        return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-    return f"{score:.3f}"
+def _noise_line(noise: dict[str, Any]) -> str:
+    """Say how far the winner's scores moved when it was scored again."""
+    parts = []
+    for task, changes in noise["tasks"].items():
+        changed = max(change["changed"] for change in changes.values())
+        moved = max((change["difference"] for change in changes.values()), key=abs)
+        if changed:
+            parts.append(f"{changed:.1%} of the outcomes of {task} changed, its score by {moved:+.4f}")
+    what = f"{'; '.join(parts)}; the objective by up to {noise['floor']:.4f}"
+    return (
+        f"noise floor, from scoring the best again, and again in another order: "
+        f"{what if parts else 'no outcome changed'} ({noise['n_documents']} {noise['split']} documents)"
+    )
+
+
+def _cell(score: float | dict[str, float], spelling: str = ".3f") -> str:
+    if not isinstance(score, dict):
+        return f"{score:{spelling}}"
+    value, low, high = (format(score[key], spelling) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def print_scores(models: list[dict[str, Any]]) -> None:
-    """Print the table of `evolve eval`."""
+    """Print the table of `evolve eval`: a row a model, its difference to the baseline below."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+    below = f"; below, the paired difference to {models[0]['over']}" if len(models) > 1 else ""
+    console.print(f"scores with 95% intervals{below}", soft_wrap=True)
     table = Table()
     table.add_column("model", overflow="fold")
-    tasks = list(models[0]["scores"]) if models else []
-    for task in tasks:
+    for task in models[0]["scores"]:
         table.add_column(f"{task} ({models[0]['n_documents'][task]})", justify="right")
     for model in models:
-        table.add_row(model["name"], *(_cell(model["intervals"][task]) for task in tasks))
+        cells = []
+        for task, interval in model["intervals"].items():
+            lines = [_cell(interval)]
+            if task in model["differences"]:
+                lines.append(_cell(model["differences"][task], "+.3f"))
+            cells.append("\n".join(lines))
+        table.add_row(model["name"], *cells)
     console.print(table)
 
 
-def print_check(plan: Plan) -> None:
+def print_check(plan: Plan, memory: Memory) -> None:
     """Print what a search would do."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     table = Table(title="variables")
@@ -226,6 +175,7 @@ def print_check(plan: Plan) -> None:
     console.print(table)
     for task, split in plan.documents().items():
         console.print(f"{task}: {split}", markup=False)
+    console.print(str(memory), markup=False, soft_wrap=True)
     settings = plan.search_file.search
     console.print(
         f"sampler {settings.sampler} ({plan.why_sampler}), {settings.n_iterations} candidates, engine "

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from evolve.errors import TrialTaskError
+from evolve.noise import Noise
 from evolve.tasks import Outcome, Outcomes, ScoredTask, Split, TaskSet, n_documents
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import locate
@@ -52,7 +53,7 @@ class Baseline:
 class Verdict:
     """The winner against the baselines.
 
-    `gain` is None where there is no holdout or no baseline.
+    `gain` is None where there is no holdout or no baseline, `noise` where it was not measured.
     """
 
     trial: int
@@ -61,11 +62,12 @@ class Verdict:
     gain: Interval | None
     over: str | None
     text: str
+    noise: Noise | None = None
 
     @property
     def is_shown(self) -> bool:
-        """Whether the gain's interval lies above zero."""
-        return self.gain is not None and self.gain.low > 0
+        """Whether the gain's interval lies above zero, and the gain above the noise floor."""
+        return self.gain is not None and self.gain.low > 0 and self.gain.value > _floor(self.noise)
 
     @classmethod
     def recalled(cls, data: Mapping[str, Any]) -> Verdict:
@@ -78,8 +80,19 @@ class Verdict:
             Baseline(**{**baseline, "holdout": intervals(baseline["holdout"])})
             for baseline in data["baselines"]
         ]
-        gain = Interval(**data["gain"]) if data["gain"] else None
-        return cls(data["trial"], intervals(data["holdout"]), baselines, gain, data["over"], data["text"])
+        return cls(
+            data["trial"],
+            intervals(data["holdout"]),
+            baselines,
+            Interval(**data["gain"]) if data["gain"] else None,
+            data["over"],
+            data["text"],
+            Noise.recalled(data["noise"]) if data.get("noise") else None,
+        )
+
+
+def _floor(noise: Noise | None) -> float:
+    return noise.floor if noise else 0.0
 
 
 def baseline_jobs(start: Recipe, prompting: Prompting) -> list[Job]:
@@ -92,7 +105,7 @@ def baseline_jobs(start: Recipe, prompting: Prompting) -> list[Job]:
     jobs = []
     for reference in references:
         own = Prompting(reference, _has_chat_template(reference))
-        promptings = (prompting,) if _same_prompts(own, prompting) else (prompting, own)
+        promptings = (prompting,) if same_prompts(own, prompting) else (prompting, own)
         jobs.append(Job(reference, "baseline", model_alone(reference, start), (), promptings))
     others = [reference for reference in references if reference != start.base_model]
     averaged = others if len(others) > 1 else references
@@ -121,7 +134,7 @@ def _has_chat_template(reference: str) -> bool:
     )
 
 
-def _same_prompts(one: Prompting, other: Prompting) -> bool:
+def same_prompts(one: Prompting, other: Prompting) -> bool:
     """Tell whether two ways of prompting give the same requests."""
     if one.apply_chat_template != other.apply_chat_template:
         return False
@@ -144,6 +157,18 @@ def score_interval(task: ScoredTask, outcomes: Sequence[Outcome], seed: int) -> 
         return Interval(value, float(bounds.low), float(bounds.high))
     samples = _resampled_scores(task, [outcomes], np.random.default_rng(seed))[0]
     return Interval(value, *_percentiles(samples))
+
+
+def difference_interval(
+    task: ScoredTask, one: Sequence[Outcome], other: Sequence[Outcome], seed: int
+) -> Interval:
+    """Return one model's score minus another's, as the task counts, with its paired interval.
+
+    Args:
+        one, other: outcomes of the same documents, in the same order.
+    """
+    value = task.score(one) - task.score(other)
+    return Interval(value, *_percentiles(_resampled_gains(task, one, other, np.random.default_rng(seed))))
 
 
 def gain_interval(tasks: TaskSet, winner: Outcomes, baseline: Outcomes) -> Interval:
@@ -251,6 +276,7 @@ def conclude(
     trial: int,
     winner: Outcomes,
     baselines: Mapping[str, Mapping[Split, Outcomes]],
+    noise: Noise | None = None,
 ) -> Verdict:
     """Compare the winner with the best baseline on the holdout.
 
@@ -258,6 +284,7 @@ def conclude(
         trial: the winner's number.
         winner: its holdout outcomes; empty without a holdout.
         baselines: by name the outcomes of each split.
+        noise: how far scorings of the winner differ; a gain no larger is not claimed.
     """
     has_holdout = any(winner.values())
     measured = []
@@ -272,14 +299,14 @@ def conclude(
             )
         )
     if not has_holdout:
-        return Verdict(trial, {}, measured, None, None, "no gain shown: no holdout")
+        return Verdict(trial, {}, measured, None, None, "no gain shown: no holdout", noise)
     if not measured:
         text = "no gain shown: no baseline could be scored"
-        return Verdict(trial, _intervals(tasks, winner), [], None, None, text)
+        return Verdict(trial, _intervals(tasks, winner), [], None, None, text, noise)
     best = max(measured, key=lambda baseline: baseline.holdout_objective or 0.0)
     gain = gain_interval(tasks, winner, baselines[best.name]["holdout"])
-    text = _sentence(tasks, gain, best, winner)
-    return Verdict(trial, _intervals(tasks, winner), measured, gain, best.name, text)
+    text = _sentence(tasks, gain, best, winner, noise)
+    return Verdict(trial, _intervals(tasks, winner), measured, gain, best.name, text, noise)
 
 
 def _intervals(tasks: TaskSet, outcomes: Outcomes) -> dict[str, Interval]:
@@ -290,11 +317,18 @@ def _intervals(tasks: TaskSet, outcomes: Outcomes) -> dict[str, Interval]:
     }
 
 
-def _sentence(tasks: TaskSet, gain: Interval, best: Baseline, winner: Outcomes) -> str:
+def _sentence(
+    tasks: TaskSet, gain: Interval, best: Baseline, winner: Outcomes, noise: Noise | None
+) -> str:
     n = n_documents(winner)
     what = "the weighted sum" if len(tasks.tasks) > 1 else tasks.tasks[0].key
     numbers = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] in {what} over {best.name!r}"
     where = f"on {n} holdout documents, at 95% certainty"
-    if gain.low > 0:
-        return f"gain shown: {numbers} {where}"
-    return f"no gain shown: {numbers} {where}; the interval includes zero"
+    reasons = []
+    if gain.low <= 0:
+        reasons.append("the interval includes zero")
+    if 0 < gain.value <= _floor(noise):
+        reasons.append(f"scoring the winner again moved it by up to {_floor(noise):.3f}")
+    if reasons:
+        return f"no gain shown: {numbers} {where}; {', and '.join(reasons)}"
+    return f"gain shown: {numbers} {where}"

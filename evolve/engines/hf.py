@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from evolve.engines import EngineSettings
+from evolve.engines.hf_options import refuse_unknown
 from evolve.errors import SearchFileError
 from merge_core.errors import CheckpointError
 from merge_core.merge import load_merged
@@ -75,6 +76,7 @@ class HfEngine:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        refuse_unknown(settings.options)
         self.model = build_model(
             settings.config, settings.folder, settings.device, settings.trust_remote_code
         )
@@ -101,6 +103,11 @@ class HfEngine:
         """Copy the merged tensors into the live model."""
         fill(self.model, stream)
 
+    def memory_gb(self) -> dict[str, float]:
+        """Return what the model's weights take; a key-value cache lives only while it generates."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return {"weights": sum(tensor.nbytes for tensor in tensors) / 1e9}
+
     def lm(self, tokenizer: Path | None = None) -> ResidentLM:
         """Return lm-eval's view of the model, with the tokenizer of a folder."""
         folder = tokenizer or self._settings.folder
@@ -109,7 +116,7 @@ class HfEngine:
             tokenizer_there = load_tokenizer(folder, self._settings.trust_remote_code)
             try:
                 self._lms[folder] = ResidentLM(self.model, tokenizer_there, **options)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, AttributeError) as error:
                 if not self._settings.options:
                     raise
                 raise SearchFileError(

@@ -90,6 +90,11 @@ class VllmEngine:
         if not self._llm.reset_prefix_cache():
             raise TrialEngineError("vLLM kept cached prefixes of the previous candidate")
 
+    def memory_gb(self) -> dict[str, float]:
+        """Return what the key-value cache takes."""
+        cache = self._llm.llm_engine.vllm_config.cache_config
+        return {"kv_cache": (cache.kv_cache_memory_bytes or 0) / 1e9}
+
     def lm(self, tokenizer: Path | None = None) -> VllmLM:
         """Return lm-eval's view of the engine, with the tokenizer of a folder."""
         folder = tokenizer or self._settings.folder

@@ -5,8 +5,10 @@ Both hold a `Worker` and offer the same pool interface: submit jobs, wait for re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from evolve.memory import Memory
 from evolve.workers.worker import Job, Result
 
 
@@ -21,6 +23,9 @@ class Pool(Protocol):
 
     def wait(self) -> Result:
         """Return the next finished job's result, whichever it is."""
+
+    def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
+        """Wait until the engine is up, and measure one worker's memory; see `evolve.memory`."""
 
     def close(self) -> None:
         """Release processes and memory."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
+from evolve.memory import Memory
 from evolve.workers.worker import Job, Result, Worker
 
 
@@ -23,6 +25,10 @@ class LocalPool:
     def wait(self) -> Result:
         """Evaluate the oldest job."""
         return self._worker.evaluate(self._jobs.popleft())
+
+    def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
+        """Measure this process."""
+        return self._worker.memory(references, dtype)
 
     def close(self) -> None:
         """Nothing to release: the process owns it all."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
 
 from evolve.errors import SearchFileError, TrialWorkerError
+from evolve.memory import Memory
 from evolve.workers.worker import Job, Result, Worker, WorkerSetup
 
 MAX_RETRIES = 2
@@ -69,6 +71,14 @@ class RayPool:
     def _start(self) -> Any:
         return self._actor_class.remote(self._setup, os.getcwd())
 
+    def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
+        """Measure the first worker; the others hold as much again."""
+        try:
+            measured: Memory = ray.get(self._free[0].memory.remote(references, dtype))
+        except ray.exceptions.RayActorError as error:
+            raise _could_not_start(error) from error
+        return measured
+
     def submit(self, job: Job) -> None:
         """Give a job to a free worker."""
         self._submit(job, self._free.pop(), attempt=0)
@@ -85,8 +95,7 @@ class RayPool:
                 result: Result = ray.get(ready)
             except ray.exceptions.RayActorError as error:
                 if isinstance(error, ray.exceptions.ActorDiedError) and "__init__" in str(error):
-                    reason = str(error).strip().splitlines()[-1]
-                    raise TrialWorkerError(f"a worker could not start: {reason:.300}") from error
+                    raise _could_not_start(error) from error
                 if attempt < MAX_RETRIES:
                     self._submit(job, self._start(), attempt + 1)
                     continue
@@ -103,6 +112,10 @@ class RayPool:
             ray.shutdown()
 
 
+def _could_not_start(error: Exception) -> TrialWorkerError:
+    return TrialWorkerError(f"a worker could not start: {str(error).strip().splitlines()[-1]:.300}")
+
+
 class _Actor:
     """The actor's body: a Worker with the threads its cores allow."""
 
@@ -112,6 +125,10 @@ class _Actor:
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self._worker = Worker(setup)
+
+    def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
+        """Measure this process."""
+        return self._worker.memory(references, dtype)
 
     def evaluate(self, job: Job) -> Result:
         """Evaluate one job."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from evolve.engines import Engine, EngineSettings, start_engine
 from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundary
+from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
 from merge_core.checkpoint.locate import locate
@@ -39,13 +40,15 @@ class Job:
         recipe: what to merge.
         splits: on which documents.
         promptings: each is scored by itself; weights are loaded once.
+        in_reverse: whether the requests are sent in another order.
     """
 
     name: str
-    kind: Literal["trial", "baseline", "winner"]
+    kind: Literal["trial", "baseline", "winner", "noise"]
     recipe: Recipe
     splits: tuple[Split, ...]
     promptings: tuple[Prompting, ...]
+    in_reverse: bool = False
 
 
 @dataclass
@@ -127,6 +130,10 @@ class Worker:
             self._banks[prompting] = bank
         return self._banks[prompting]
 
+    def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
+        """Measure what sources and engine take; see `evolve.memory.measure`."""
+        return measure(self.engine, self.sources, references, dtype)
+
     def evaluate(self, job: Job) -> Result:
         """Merge, load and score; a failure is part of the result, never raised."""
         result = Result(job)
@@ -144,7 +151,9 @@ class Worker:
             began = time.perf_counter()
             for prompting, bank in banks.items():
                 with boundary(TrialEngineError, "answering the requests"):
-                    result.outcomes[prompting] = {split: bank.answer(split) for split in job.splits}
+                    result.outcomes[prompting] = {
+                        split: bank.answer(split, in_reverse=job.in_reverse) for split in job.splits
+                    }
             seconds.score = time.perf_counter() - began
             for by_split in result.outcomes.values():
                 for outcomes in by_split.values():

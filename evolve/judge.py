@@ -1,0 +1,106 @@
+"""The end of a search: baselines and winner on the holdout, the noise floor, the verdict.
+
+What is scored here is no trial. Its outcomes are kept in the folder, so that a run that was
+interrupted scores only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+
+from optuna.trial import TrialState
+
+from evolve.errors import SearchStoppedError
+from evolve.export import write_best
+from evolve.noise import Noise, measured
+from evolve.plan import Plan
+from evolve.study import Study, load_outcomes, save_outcomes
+from evolve.tasks import SPLITS, Outcomes, Split
+from evolve.verdict import Verdict, baseline_jobs, conclude
+from evolve.workers import Pool
+from evolve.workers.worker import Job
+
+
+def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> Verdict | None:
+    """Score baselines and winner on the holdout and compare them; None where every trial failed."""
+    best = study.best()
+    if best is None:
+        return None
+    splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
+    jobs = [replace(job, splits=splits) for job in baseline_jobs(plan.start, plan.setup.prompting)]
+    baselines = {
+        job.name: outcomes
+        for i, job in enumerate(jobs)
+        if (outcomes := _kept_outcomes(study, plan, pool, job, f"baseline-{i}", scored))
+    }
+    recipe = plan.space.recipe(best.params)
+    winner: dict[Split, Outcomes] | None = load_outcomes(study.outcomes_path(f"trial-{best.number}"))
+    job = Job(str(best.number), "winner", recipe, splits[-1:], (plan.setup.prompting,))
+    if "holdout" in splits:
+        winner = _kept_outcomes(study, plan, pool, job, f"holdout-{best.number}", scored)
+    if winner is None:
+        _, kind, text = study.note(f"holdout-{best.number} failed")
+        raise SearchStoppedError(
+            f"the winner, trial {best.number}, could not be scored on the holdout ({kind}: {text}); "
+            f"run the same command again to try once more"
+        )
+    noise = _noise(study, plan, pool, job, winner[splits[-1]], scored)
+    verdict = conclude(plan.tasks, best.number, winner["holdout"], baselines, noise)
+    if unscored := [job.name for job in jobs if job.name not in baselines]:
+        text = f"{verdict.text}; not compared with {', '.join(unscored)}, which could not be scored"
+        verdict = replace(verdict, text=text)
+    write_best(study, plan, best, verdict)
+    finished = sum(t.state != TrialState.RUNNING for t in study.trials())
+    study.keep_note("verdict", {**asdict(verdict), "finished": finished})
+    return verdict
+
+
+def kept_verdict(study: Study, plan: Plan) -> Verdict | None:
+    """Recall the verdict of a search that is complete."""
+    note = study.note("verdict")
+    best = study.best()
+    if note is None or best is None or note["trial"] != best.number:
+        return None
+    if note["finished"] < plan.search_file.search.n_iterations:
+        return None
+    return Verdict.recalled(note)
+
+
+def _noise(
+    study: Study, plan: Plan, pool: Pool, winner: Job, recorded: Outcomes, scored: Callable[[], None]
+) -> Noise | None:
+    """Score the winner twice more; None where a repetition fails."""
+    (split,) = winner.splits
+    repetitions = {}
+    for name, in_reverse in (("again", False), ("reordered", True)):
+        job = replace(winner, kind="noise", in_reverse=in_reverse)
+        file = f"noise-{winner.name}-{name}"
+        outcomes = _kept_outcomes(study, plan, pool, job, file, scored)
+        if outcomes is None:
+            return None
+        repetitions[name] = outcomes[split]
+    return measured(plan.tasks, split, recorded, repetitions)
+
+
+def _kept_outcomes(
+    study: Study, plan: Plan, pool: Pool, job: Job, file: str, scored: Callable[[], None]
+) -> dict[Split, Outcomes] | None:
+    """Score a recipe outside the trials, or recall it; None where it cannot be scored.
+
+    Of several promptings the one with the better objective on the last split counts.
+    """
+    path = study.outcomes_path(file)
+    if not path.exists():
+        pool.submit(job)
+        result = pool.wait()
+        if result.failure:
+            study.keep_note(f"{file} failed", [job.name, *result.failure])
+            return None
+
+        def objective(by_split: Mapping[Split, Outcomes]) -> float:
+            return plan.tasks.objective(plan.tasks.scores(by_split[job.splits[-1]]))
+
+        save_outcomes(path, max(result.outcomes.values(), key=objective))
+        scored()
+    return load_outcomes(path)

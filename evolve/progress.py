@@ -1,0 +1,110 @@
+"""What a command says on stderr while it works; a search keeps it in DIR/run.log."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from pathlib import Path
+
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+from evolve.memory import Memory
+from evolve.plan import Plan
+from evolve.study import Study
+
+# Without a terminal a line is printed at most so often.
+LINE_EVERY_S = 5.0
+
+
+class ProgressLine:
+    """Progress on stderr and in DIR/run.log: candidates done, best, the split of seconds, time left."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._began = time.monotonic()
+        self._n_before = 0
+        self._last_line = 0.0
+        self._log: Path | None = None
+        self._scores_baselines = False
+        self._status = self._console.status("") if self._console.is_terminal else None
+        self._doing = ""
+
+    def under_way(self, text: str) -> None:
+        """Say what is being done; after a colon, how far it is."""
+        doing = text.partition(":")[0]
+        is_new, self._doing = doing != self._doing, doing
+        if self._status:
+            self._status.start()
+            self._status.update(text)
+        elif is_new or time.monotonic() - self._last_line > LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._say(text)
+
+    def __call__(self, event: str, study: Study | None, plan: Plan) -> None:
+        """Show an event of the loop."""
+        if event == "answered":
+            return
+        trials = study.trials() if study else []
+        self._log = study.folder / "run.log" if study else None
+        if event == "starting":
+            if self._status:
+                self._status.update("starting the engine, building the requests")
+            self._say(
+                f"{plan.search_file.name}: {len(plan.space.variables)} variables, sampler "
+                f"{plan.search_file.search.sampler} ({plan.why_sampler}), {plan.tasks.n_documents} "
+                f"search documents a candidate; starting the {plan.setup.backend} engine"
+            )
+        elif event == "started":
+            self._began = time.monotonic()
+            self._n_before = sum(trial.state != TrialState.RUNNING for trial in trials)
+            if study:
+                self._say(str(Memory(**study.note("memory"))))
+            if self._n_before:
+                self._say(f"resuming after {self._n_before} finished candidates")
+            if self._status:
+                self._status.start()
+        elif event == "told":
+            self._told(trials, plan)
+        elif event == "baseline":
+            self._show("scoring baselines and winner on the holdout", is_due=not self._scores_baselines)
+            self._scores_baselines = True
+        elif event == "verdict" and self._status:
+            self._status.stop()
+
+    def _told(self, trials: list[FrozenTrial], plan: Plan) -> None:
+        done = [trial for trial in trials if trial.state != TrialState.RUNNING]
+        n = plan.search_file.search.n_iterations
+        values = [trial.value for trial in done if trial.value is not None]
+        latest = max(done, key=lambda trial: int(trial.user_attrs.get("told", -1)))
+        last = latest.user_attrs.get("seconds", {})
+        each = (time.monotonic() - self._began) / max(1, len(done) - self._n_before)
+        self._show(
+            f"{len(done)}/{n} candidates, best {max(values, default=float('nan')):.4f}; last: "
+            f"merge {last.get('merge', 0):.2f} s, load {last.get('load', 0):.2f} s, "
+            f"score {last.get('score', 0):.2f} s; {each * (n - len(done)):.0f} s left",
+            is_due=len(done) == n or time.monotonic() - self._last_line > LINE_EVERY_S,
+        )
+
+    def _show(self, text: str, is_due: bool) -> None:
+        """Update the live line, or print one where there is no terminal and it is time."""
+        if self._status:
+            self._status.update(text)
+            self._write(text)
+        elif is_due:
+            self._last_line = time.monotonic()
+            self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False)
+        self._write(text)
+
+    def _write(self, text: str) -> None:
+        if self._log:
+            with self._log.open("a", encoding="utf-8") as log:
+                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def close(self) -> None:
+        """Take the live line away."""
+        if self._status:
+            self._status.stop()
