@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
-from optuna.trial import TrialState
-
 from evolve.errors import SearchStoppedError
 from evolve.export import write_best
 from evolve.noise import Noise, measured
@@ -51,8 +49,7 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
         text = f"{verdict.text}; not compared with {', '.join(unscored)}, which could not be scored"
         verdict = replace(verdict, text=text)
     write_best(study, plan, best, verdict)
-    finished = sum(t.state != TrialState.RUNNING for t in study.trials())
-    study.keep_note("verdict", {**asdict(verdict), "finished": finished})
+    study.keep_note("verdict", {**asdict(verdict), "finished": len(study.finished())})
     return verdict
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from evolve.memory import Memory
 from evolve.plan import Plan
 from evolve.study import Study
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 # Without a terminal a line is printed at most so often.
 LINE_EVERY_S = 5.0
@@ -45,7 +48,7 @@ class ProgressLine:
         """Show an event of the loop."""
         if event == "answered":
             return
-        trials = study.trials() if study else []
+        done = study.finished() if study else []
         self._log = study.folder / "run.log" if study else None
         if event == "starting":
             if self._status:
@@ -57,7 +60,7 @@ class ProgressLine:
             )
         elif event == "started":
             self._began = time.monotonic()
-            self._n_before = sum(trial.state != TrialState.RUNNING for trial in trials)
+            self._n_before = len(done)
             if study:
                 self._say(str(Memory(**study.note("memory"))))
             if self._n_before:
@@ -65,15 +68,14 @@ class ProgressLine:
             if self._status:
                 self._status.start()
         elif event == "told":
-            self._told(trials, plan)
+            self._told(done, plan)
         elif event == "baseline":
             self._show("scoring baselines and winner on the holdout", is_due=not self._scores_baselines)
             self._scores_baselines = True
         elif event == "verdict" and self._status:
             self._status.stop()
 
-    def _told(self, trials: list[FrozenTrial], plan: Plan) -> None:
-        done = [trial for trial in trials if trial.state != TrialState.RUNNING]
+    def _told(self, done: list[FrozenTrial], plan: Plan) -> None:
         n = plan.search_file.search.n_iterations
         values = [trial.value for trial in done if trial.value is not None]
         latest = max(done, key=lambda trial: int(trial.user_attrs.get("told", -1)))

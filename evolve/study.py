@@ -158,6 +158,10 @@ class Study:
         """All trials, by number."""
         return self._storage.get_all_trials(self._study_id, deepcopy=False)
 
+    def finished(self) -> list[FrozenTrial]:
+        """The trials that were told, by number."""
+        return [trial for trial in self.trials() if trial.state in _FINISHED]
+
     def begin(
         self, number: int, proposal: Proposal, distributions: Mapping[str, BaseDistribution]
     ) -> None:
