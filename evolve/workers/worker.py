@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from evolve.engines import Engine, EngineSettings, start_engine
 from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundary
@@ -121,14 +121,21 @@ class Worker:
             lm = self.engine.lm(Path(locate(prompting.tokenizer)))
             bank = RequestBank(self.tasks, lm, prompting.apply_chat_template)
             for reference in bank.needs_references():
-                config = self.setup.engine.config
-                dtype = config.get("dtype") or config.get("torch_dtype")
-                alone = model_alone(reference).as_config()
-                recipe = Recipe.parse({**alone, "out_dtype": dtype})
-                self.engine.load(merged_tensors(recipe, self.sources, device=self.setup.engine.device))
+                self._hold(reference)
                 bank.learn_reference(reference)
             self._banks[prompting] = bank
         return self._banks[prompting]
+
+    def _hold(self, reference: str) -> None:
+        """Load a model as it is, in the engine's dtype."""
+        config = self.setup.engine.config
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        recipe = Recipe.parse({**model_alone(reference).as_config(), "out_dtype": dtype})
+        if getattr(self.engine, "merges_itself", False):
+            ranks: Any = self.engine
+            ranks.load_recipe(recipe)
+        else:
+            self.engine.load(merged_tensors(recipe, self.sources, device=self.setup.engine.device))
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure what sources and engine take; see `evolve.memory.measure`."""
