@@ -77,29 +77,24 @@ class References:
     tasks: Sequence[Divergence]
     lm: LM
     splits: Sequence[Split]
-    _learned: dict[str, dict[tuple[int, ...], dict[int, float]]] = field(default_factory=dict)
+    _learned: dict[tuple[str, Split], dict[tuple[int, ...], dict[int, float]]] = field(
+        default_factory=dict
+    )
     _cut: dict[tuple[str, int, int], list[tuple[int, ...]]] = field(default_factory=dict)
 
     def needed(self) -> list[str]:
         """Name the references that are still to be learned."""
-        wanted = dict.fromkeys(task.reference for task in self.tasks)
-        return [reference for reference in wanted if reference not in self._learned]
+        known = {key for key, _ in self._learned}
+        return list(dict.fromkeys(task.reference for task in self.tasks if task.key not in known))
 
     def learn(self, reference: str, lm: LM) -> None:
         """Ask the LM, which holds the reference's weights now, for its distributions."""
-        prompts = {
-            prompt
-            for task in self.tasks
-            if task.reference == reference
-            for leaf in task.leaves
-            for split in self.splits
-            for number in leaf.documents[split]
-            for prompt in self._prompts(task, leaf, number)
-        }
-        # In this order beginnings of one text stand together.
-        ordered = sorted(prompts)
-        found = _ask(lm, ordered, min(TOP, len(lm.tokenizer)))
-        self._learned[reference] = dict(zip(ordered, found, strict=True))
+        for task in self.tasks:
+            for split in self.splits if task.reference == reference else ():
+                # Asked as candidates will be, so that rounding is the same, too.
+                prompts = self._asked(task, split)
+                found = _ask(lm, prompts, min(TOP, len(lm.tokenizer)))
+                self._learned[task.key, split] = dict(zip(prompts, found, strict=True))
 
     def outcomes(self, task: Divergence, split: Split) -> list[Outcome]:
         """Hold the candidate, whose weights the LM has now, against a reference.
@@ -107,20 +102,30 @@ class References:
         Raises:
             TrialEngineError: the engine gives no distributions.
         """
-        learned = self._learned[task.reference]
-        places = [
-            (leaf, number, prompt)
-            for leaf in task.leaves
-            for number in leaf.documents[split]
-            for prompt in self._prompts(task, leaf, number)
-        ]
-        asked = sorted({prompt for _, _, prompt in places})
-        found = dict(zip(asked, _ask(self.lm, asked, [list(learned[p]) for p in asked]), strict=True))
-        values: dict[tuple[str, int], list[float]] = {}
-        for leaf, number, prompt in places:
-            divergence = coarse_divergence(learned[prompt], found[prompt])
-            values.setdefault((leaf.name, number), []).append(divergence)
-        return [Outcome(leaf, n, math.fsum(each) / len(each)) for (leaf, n), each in values.items()]
+        learned = self._learned[task.key, split]
+        prompts = self._asked(task, split)
+        wanted = [list(learned[prompt]) for prompt in prompts]
+        found = dict(zip(prompts, _ask(self.lm, prompts, wanted), strict=True))
+        outcomes = []
+        for leaf in task.leaves:
+            for number in leaf.documents[split]:
+                each = [
+                    coarse_divergence(learned[prompt], found[prompt])
+                    for prompt in self._prompts(task, leaf, number)
+                ]
+                outcomes.append(Outcome(leaf.name, number, math.fsum(each) / len(each)))
+        return outcomes
+
+    def _asked(self, task: Divergence, split: Split) -> list[tuple[int, ...]]:
+        """List the different prompts of a split; in this order beginnings of one text adjoin."""
+        return sorted(
+            {
+                prompt
+                for leaf in task.leaves
+                for number in leaf.documents[split]
+                for prompt in self._prompts(task, leaf, number)
+            }
+        )
 
     def _prompts(self, task: Divergence, leaf: Leaf, number: int) -> list[tuple[int, ...]]:
         """Return the document's beginnings, evenly spread, as token ids; cut once."""
@@ -138,6 +143,8 @@ class References:
 
 def _ask(lm: LM, prompts: Sequence[tuple[int, ...]], wanted: Any) -> list[dict[int, float]]:
     """Ask for next-token log-probabilities: of the `wanted` tokens a prompt, or of so many."""
+    if not prompts:
+        return []
     if not hasattr(lm, "next_token_logprobs"):
         raise TrialEngineError("kl_divergence: this engine gives no next-token distributions")
     found: list[dict[int, float]] = lm.next_token_logprobs([list(p) for p in prompts], wanted)

@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 import random
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from evolve.errors import SearchFileError
 from evolve.search_file import ScoringSettings
+from evolve.tasks.catalogue import Catalogue, members_of, parsing_only
 from merge_core.errors import HubUnreachableError, nearest
 
 # Those that simple_evaluate sets before it loads tasks: some shuffle their options when loaded.
@@ -53,14 +53,15 @@ def load_tasks(
         ]
     paths = [path.resolve() for path in paths if path.is_dir()]
     manager = TaskManager(include_path=paths, include_defaults=False)
-    missing = [name for name in places if name not in manager.all_tasks]
     known: Iterable[str] = manager.all_tasks
-    if missing:
-        known = {*known, *_names_in_lm_eval()}
-        # Parsing lm-eval's own 14,000 files takes seconds, so only where one of them is asked for.
-        if any(name in known for name in missing):
+    missing = [name for name in places if name not in known]
+    if missing or _reach_beyond(manager, places):
+        catalogue = Catalogue()
+        # Groups of the user's own may have members among lm-eval's tasks.
+        files = catalogue.files([*places, *_reach_beyond(manager, places)])
+        known = {*known, *catalogue.names()}
+        with parsing_only(files, catalogue.root):
             manager = TaskManager(include_path=paths, include_defaults=True)
-            known = manager.all_tasks
     loaded: dict[str, Loaded] = {}
     with _one_look_at_a_data_set():
         for name, i in places.items():
@@ -151,16 +152,16 @@ def _lm_evals_seeds() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _names_in_lm_eval() -> set[str]:
-    """Scan lm-eval's own files for what may be a task's or group's name, without parsing them."""
-    import lm_eval.tasks
-
-    key = r"""["']?(?:task|group|tag)["']?\s*:"""
-    named = re.compile(rf"""^\s*(?:-\s+)?(?:{key}|-)[ \t]*["']?([^\s"'\[\]{{}}#]+)""", re.M)
+def _reach_beyond(manager: Any, names: Iterable[str]) -> set[str]:
+    """Name the members of groups that the manager does not know."""
     found: set[str] = set()
-    for path in Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"):
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        found.update(named.findall(text))
+    wanted, seen = list(names), set(names)
+    while wanted:
+        entry = manager.task_index.get(wanted.pop())
+        members = set(members_of(entry.cfg)) if entry and entry.kind.name == "GROUP" else set()
+        wanted += members - seen
+        seen |= members
+        found |= {member for member in members if member not in manager.task_index}
     return found
 
 

@@ -120,13 +120,17 @@ class Worker:
             lm = self.engine.lm(Path(locate(prompting.tokenizer)))
             bank = RequestBank(self.tasks, lm, prompting.apply_chat_template)
             for reference in bank.needs_references():
-                config = self.setup.engine.config
-                dtype = config.get("dtype") or config.get("torch_dtype")
-                alone = model_alone(reference).as_config()
-                self.engine.load_recipe(Recipe.parse({**alone, "out_dtype": dtype}), self.sources)
+                self._hold(reference)
                 bank.learn_reference(reference)
             self._banks[prompting] = bank
         return self._banks[prompting]
+
+    def _hold(self, reference: str) -> None:
+        """Load a model as it is, in the engine's dtype."""
+        config = self.setup.engine.config
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        recipe = Recipe.parse({**model_alone(reference).as_config(), "out_dtype": dtype})
+        self.engine.load_recipe(recipe, self.sources)
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure what sources and engine take; see `evolve.memory.measure`."""

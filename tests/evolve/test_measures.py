@@ -451,3 +451,27 @@ def test_the_example_functions_do_what_they_say() -> None:
     documents = [document("a", "abcd", "abcd"), document("b", "abcd", " abd"), document("b", "x", "x")]
     assert load_function("configs.objectives:letters_right")(documents) == [1.0, 0.5, 1.0]
     assert load_function("configs.objectives:worst_task")(documents) == 0.5
+
+
+@pytest.mark.skipif(
+    not hasattr(ResidentLM, "next_token_logprobs"), reason="the hf engine gives no distributions yet"
+)
+def test_a_worker_holds_candidates_against_the_reference() -> None:
+    from evolve.workers.worker import Job, Worker
+    from merge_core.plan import model_alone
+
+    reference = str(MODELS / "reverse")
+    entry = {"name": "kl_divergence", "reference": reference, "text": TEXT}
+    scoring = {"task_paths": [str(ROOT / "tasks")], "limit": 10}
+    plan = make_plan(quickstart(tasks=["qs_reverse", entry], scoring=scoring))
+    worker = Worker(plan.setup, plan.tasks, plan.sources)
+
+    def scores(recipe: Any) -> dict[str, float]:
+        result = worker.evaluate(Job("0", "trial", recipe, ("search",), (plan.setup.prompting,)))
+        assert result.failure is None
+        return plan.tasks.scores(result.outcomes[plan.setup.prompting]["search"])
+
+    alone = model_alone(reference, plan.start)
+    assert scores(alone)["kl_divergence"] == 0
+    assert scores(plan.start)["kl_divergence"] > 0.1
+    assert scores(alone) == {"qs_reverse": 1.0, "kl_divergence": 0.0}
