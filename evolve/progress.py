@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import datetime
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,8 +17,10 @@ from evolve.study import Study
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-# Without a terminal a line is printed at most so often.
+# Without a terminal a line is printed at most so often, and none before so long: a bad file is
+# told by its errors alone.
 LINE_EVERY_S = 5.0
+NOTICE_AFTER_S = 3.0
 
 
 class ProgressLine:
@@ -27,25 +30,27 @@ class ProgressLine:
         self._console = Console(stderr=True, highlight=False)
         self._began = time.monotonic()
         self._n_before = 0
-        self._last_line = 0.0
+        self._last_line = self._began + NOTICE_AFTER_S - LINE_EVERY_S
         self._log: Path | None = None
         self._scores_baselines = False
         self._status = self._console.status("") if self._console.is_terminal else None
-        self._doing = ""
+        self._notice = Timer(0.0, self.close)
 
     def under_way(self, text: str) -> None:
-        """Say what is being done; after a colon, how far it is."""
-        doing = text.partition(":")[0]
-        is_new, self._doing = doing != self._doing, doing
+        """Say what is being done, where it takes long."""
+        self._notice.cancel()
         if self._status:
             self._status.start()
             self._status.update(text)
-        elif is_new or time.monotonic() - self._last_line > LINE_EVERY_S:
-            self._last_line = time.monotonic()
-            self._say(text)
+            return
+        left = self._last_line + LINE_EVERY_S - time.monotonic()
+        self._notice = Timer(max(0.0, left), self._show, [text, True])
+        self._notice.daemon = True
+        self._notice.start()
 
     def __call__(self, event: str, study: Study | None, plan: Plan) -> None:
         """Show an event of the loop."""
+        self._notice.cancel()
         if event == "answered":
             return
         done = study.finished() if study else []
@@ -108,5 +113,6 @@ class ProgressLine:
 
     def close(self) -> None:
         """Take the live line away."""
+        self._notice.cancel()
         if self._status:
             self._status.stop()

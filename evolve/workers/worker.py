@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from evolve.engines import Engine, EngineSettings, start_engine
 from evolve.errors import TrialEngineError, TrialError, boundary
@@ -16,9 +16,6 @@ from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
 from merge_core.checkpoint.locate import locate
 from merge_core.plan import Sources, model_alone
 from merge_core.recipe import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

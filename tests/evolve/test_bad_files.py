@@ -149,8 +149,10 @@ def test_a_bad_file_gives_clear_errors_and_writes_nothing(
     status, out, err = evolve_here("run", str(search), "--storage-path", str(tmp_path / "out"))
     assert status == 2, err
     assert out == ""
-    assert err
-    assert all(line.startswith("error: ") for line in err.splitlines()), err
+    # On a busy machine it may say meanwhile what takes so long.
+    said = [line for line in err.splitlines() if not line.startswith(("opening the", "loading tasks"))]
+    assert said
+    assert all(line.startswith("error: ") for line in said), err
     assert all(part in err for part in expected), err
     assert not (tmp_path / "out").exists()
 
