@@ -255,7 +255,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         ends = _as_set(self.model.generation_config.eos_token_id)
         for (until, n_new), by_prompt in asked.items():
             check = StopCheck(self.tokenizer, until)
-            for together in self._decode_batches(list(by_prompt), n_new):
+            for together in self._decode_batches(sorted(by_prompt, key=len, reverse=True), n_new):
                 answers = decode_greedily(self._reader, together, n_new, ends, check)
                 for prompt, answer in zip(together, answers, strict=True):
                     text = postprocess_generated_text(self.tok_decode(answer), list(until), None)
