@@ -19,9 +19,8 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import (
@@ -33,11 +32,9 @@ from lm_eval.models.utils import (
 from transformers import PreTrainedModel
 
 from evolve.engines.hf_decode import StopCheck, decode_greedily
-from evolve.engines.token_tree import TreeReader, tree_of
+from evolve.engines.hf_score import next_token_logits, pick, score_ends
+from evolve.engines.token_tree import TreeReader
 from evolve.errors import TrialEngineError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Tokens = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -47,8 +44,6 @@ DEFAULT_BATCH_SIZE = 64
 # Rows that are decoded together: more answer faster, until their keys and values take too much.
 _MOST_ROWS = 256
 _CACHE_GB = {"cpu": 2.0, "cuda": 8.0}
-# Rows of the vocabulary's size whose log-probabilities are computed at once.
-_LOGIT_ROWS = 128
 # lm-eval seeds torch with it before an evaluation, so that sampled answers equal its own.
 _SAMPLING_SEED = 1234
 # Generation settings that change nothing in greedy decoding: whatever their value, or with this one.
@@ -149,26 +144,8 @@ class ResidentLM(HFLM):  # type: ignore[misc]
             )
             return answers
         scored = [len(answer) for _, _, answer in requests]
-        logprobs, is_greedy = self._score(tuple(tuple(tokens) for tokens in whole), scored)
+        logprobs, is_greedy = score_ends(self._reader, tuple(map(tuple, whole)), scored)
         return list(zip(logprobs, is_greedy, strict=True))
-
-    def _score(
-        self, sequences: tuple[tuple[int, ...], ...], scored: Sequence[int]
-    ) -> tuple[list[float], list[bool]]:
-        """Sum the log-probabilities of the last `scored[i]` tokens of each sequence."""
-        tree = tree_of(tuple(sequence[:-1] for sequence in sequences))
-        # One entry for each token that is scored: whose it is, which node predicts it, what it is.
-        owners = np.repeat(np.arange(len(sequences)), scored)
-        nodes = np.concatenate([path[-n:] for path, n in zip(tree.paths, scored, strict=True)])
-        targets = np.concatenate([sequence[-n:] for sequence, n in zip(sequences, scored, strict=True)])
-        logprobs, is_greedy = np.empty(len(nodes)), np.empty(len(nodes), dtype=bool)
-        for piece in self._reader.read(tree, np.unique(nodes)):
-            entries = np.flatnonzero(np.isin(nodes, piece.wanted))
-            rows = np.searchsorted(piece.wanted, nodes[entries])
-            logprobs[entries], is_greedy[entries] = _look_up(piece.logits, rows, targets[entries])
-        sums = np.bincount(owners, weights=logprobs, minlength=len(sequences))
-        misses = np.bincount(owners, weights=~is_greedy, minlength=len(sequences))
-        return sums.tolist(), (misses == 0).tolist()
 
     def next_token_logprobs(
         self, prompts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]] | int
@@ -188,26 +165,12 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         if any(not len(prompt) for prompt in prompts):
             raise TrialEngineError("a prompt is empty; the next token needs at least one before it")
         cut = tuple(tuple(prompt[-self.max_length :]) for prompt in prompts)
-        found: list[dict[int, float]] = [{} for _ in prompts]
-
-        def record(i: int, logits: Tensor) -> None:
-            logprobs = logits.float().log_softmax(-1)
-            if isinstance(wanted, int):
-                tokens = logprobs.topk(min(wanted, len(logprobs))).indices
-            else:
-                tokens = torch.tensor(list(wanted[i]), dtype=torch.long, device=logits.device)
-            found[i] = dict(zip(tokens.tolist(), logprobs[tokens].tolist(), strict=True))
-
         if max(map(len, cut), default=0) > self._reader.longest:
-            for i, prompt in enumerate(cut):
-                record(i, self._model_call(torch.tensor([prompt], device=self.device))[0, -1])
-        elif cut:
-            tree = tree_of(cut)
-            last = np.array([path[-1] for path in tree.paths])
-            for piece in self._reader.read(tree, np.unique(last)):
-                for i in np.flatnonzero(np.isin(last, piece.wanted)):
-                    record(i, piece.logits[np.searchsorted(piece.wanted, last[i])])
-        return found
+            logits = (
+                self._model_call(torch.tensor([tokens], device=self.device))[0, -1] for tokens in cut
+            )
+            return pick(enumerate(logits), len(cut), wanted)
+        return pick(next_token_logits(self._reader, cut), len(cut), wanted)
 
     # ---- generating ------------------------------------------------------------------------------
 
@@ -292,7 +255,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         ends = _as_set(self.model.generation_config.eos_token_id)
         for (until, n_new), by_prompt in asked.items():
             check = StopCheck(self.tokenizer, until)
-            for together in self._decode_batches(list(by_prompt), n_new):
+            for together in self._decode_batches(sorted(by_prompt, key=len, reverse=True), n_new):
                 answers = decode_greedily(self._reader, together, n_new, ends, check)
                 for prompt, answer in zip(together, answers, strict=True):
                     text = postprocess_generated_text(self.tok_decode(answer), list(until), None)
@@ -323,27 +286,6 @@ def _within_memory() -> Iterator[None]:
             f"the requests do not fit into the device's memory ({error!s:.200}); lower "
             f"scoring.engine.batch_size, or scoring.engine.max_length"
         ) from error
-
-
-@torch.inference_mode()
-def _look_up(
-    logits: Tensor, rows: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Look up tokens in rows of logits: their log-probabilities, and whether they are the likeliest.
-
-    Args:
-        logits: (k, vocabulary).
-        rows, targets: row and token of each entry, (m,).
-    """
-    logprobs, is_greedy = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
-    for start in range(0, len(logits), _LOGIT_ROWS):
-        part = logits[start : start + _LOGIT_ROWS].float()
-        entries = np.flatnonzero((rows >= start) & (rows < start + _LOGIT_ROWS))
-        row, token = (torch.from_numpy(x[entries]).to(logits.device) for x in (rows - start, targets))
-        found = part[row, token] - part.logsumexp(-1)[row]
-        logprobs[entries] = found.cpu().numpy()
-        is_greedy[entries] = (part.argmax(-1)[row] == token).cpu().numpy()
-    return logprobs, is_greedy
 
 
 def _cache_bytes(model: PreTrainedModel) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from evolve.engines.token_tree import Piece, TreeReader, attention_mask, tree_of
 
@@ -80,6 +81,11 @@ def _grouped_attention(
     Shapes: query (rows, heads, 1, size), key and value (rows, key heads, tokens, size), mask
     (rows, 1, 1, tokens); returns (rows, 1, heads, size).
     """
+    if kwargs.get("position_bias") is not None:
+        usual: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return usual
     rows, heads, _, size = query.shape
     groups = key.shape[1]
     grouped = query.reshape(rows, groups, heads // groups, size)

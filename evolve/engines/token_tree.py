@@ -185,9 +185,9 @@ def _select(cache: DynamicCache, kept: Indices) -> DynamicCache:
 def _longest(model: PreTrainedModel) -> int:
     """Find out how long a tree's sequences may be for this model; 0 where it takes no trees.
 
-    A tree needs a decoder of Transformers' own whose attention is told positions and visibility
-    from outside. That excludes recurrent layers, positions built into the attention (ALiBi) and
-    rotary embeddings that change with the length of the batch.
+    A tree needs a decoder of Transformers' own that takes its attention function, positions and
+    visibility from outside. That excludes recurrent layers, positions built into the attention
+    (ALiBi) and rotary embeddings that change with the length of the batch.
     """
     config: Any = model.config.get_text_config(decoder=True)
     needed = {"position_ids", "attention_mask", "past_key_values", "logits_to_keep"}
@@ -195,6 +195,7 @@ def _longest(model: PreTrainedModel) -> int:
         not type(model).__module__.startswith("transformers.")
         or model.config.is_encoder_decoder
         or model._is_stateful
+        or not model._supports_attention_backend
         or model.config._attn_implementation not in ("sdpa", "eager")
         or not needed <= set(inspect.signature(model.forward).parameters)
         or getattr(config, "alibi", False)

@@ -12,6 +12,7 @@ what float32 gives for the same weights; vLLM must not be farther from it than h
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from merge_core.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs/quickstart/models"
-TESTBED = Path("/tmp/testbed")
+TESTBED = Path(os.environ.get("EVOLVE_TESTBED", "/tmp/testbed"))
 needs_testbed = pytest.mark.skipif(not (TESTBED / "base").is_dir(), reason="the testbed is not built")
 TASKS = ["eq_letter", "eq_answer", "eq_shots", "eq_text", "eq_whole"]
 
