@@ -24,7 +24,7 @@ ADDRESSES = {
     ),
     "cma": ("evolve/samplers/",),
     "ray": ("evolve/workers/ray.py",),
-    "vllm": ("evolve/engines/vllm.py",),
+    "vllm": ("evolve/engines/vllm",),
     "lm_eval": ("evolve/engines/", "evolve/tasks/"),
 }
 LATE = ("transformers", "huggingface_hub")

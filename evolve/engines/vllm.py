@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -159,18 +160,22 @@ class VllmEngine:
         """Call a method of MergeWorker on every rank.
 
         Raises:
-            TrialEngineError: a rank has died.
+            TrialEngineError: of several ranks one has died, or the method raises in one.
             Exception: with one rank, what the method raises.
         """
         if not self.merges_itself:
             return list(self._llm.collective_rpc(method, args=arguments))
         try:
-            return list(self._llm.collective_rpc(method, args=arguments))
+            by_rank = list(self._llm.collective_rpc("evolve_call", args=(method, *arguments)))
         except Exception as error:
             raise TrialEngineError(
                 f"a rank of the vLLM engine has died ({type(error).__name__}: {error!s:.200}); what "
                 f"it said is above; run the same command again, it resumes"
             ) from error
+        failures = [failure for _, failure in by_rank if failure]
+        if failures:
+            raise TrialEngineError(failures[0])
+        return [answer for answer, _ in by_rank]
 
     def verify(self, source: Iterable[tuple[str, Tensor]] | Recipe) -> list[str]:
         """Compare what the engine computes with to the tensors of a merge, value by value.
@@ -279,7 +284,9 @@ def _give_each_rank_its_cores(n_ranks: int) -> None:
 def _quiet() -> Iterator[None]:
     """Keep what vLLM and Transformers warn of while an engine starts out of the progress lines."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

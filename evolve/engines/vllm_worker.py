@@ -79,6 +79,17 @@ class MergeWorker:
     vllm_config: Any
     device: torch.device
 
+    def evolve_call(self, method: str, *arguments: Any) -> tuple[Any, str]:
+        """Call a method here; returns its answer, and what went wrong or nothing.
+
+        With several ranks nothing may be raised: vLLM would leave the other ranks' answers in their
+        queues, and take them for those to the next call.
+        """
+        try:
+            return getattr(self, method)(*arguments), ""
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+
     def evolve_load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights by a stream of checkpoint tensors, in place.
 
@@ -89,10 +100,7 @@ class MergeWorker:
         self._reload(_Broken(stream))
 
     def evolve_merge(self, config: dict[str, Any]) -> RankReport:
-        """Merge a recipe, given as its config, and load this rank's share of it.
-
-        A failure is returned, not raised: the other ranks' answers must be fetched all the same.
-        """
+        """Merge a recipe, given as its config, and load this rank's share of it; reports failures."""
         report = RankReport()
         began = time.perf_counter()
         stream = None

@@ -95,6 +95,8 @@ def test_nothing_is_answered_before_a_candidate_is_loaded(tied_pair: Path, engin
 
 
 def test_options_are_scored_as_hf_scores_them(tied_pair: Path, engine: Any, hf_lm: Any) -> None:
+    """After another model's weights, whose tied head must not stay."""
+    engine.load(tensors(tied_pair, "b"))
     engine.load(tensors(tied_pair, "a"))
     for ours, theirs in zip(likelihoods(engine.lm(), PAIRS), likelihoods(hf_lm, PAIRS), strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=2e-4)
@@ -227,6 +229,22 @@ def test_a_tokenizer_without_special_tokens(tied_pair: Path, engine: Any, tmp_pa
             ask()
     with pytest.raises(TrialEngineError, match="empty continuation"):
         likelihoods(lm, [("x", "")])
+
+
+def test_a_chat_template_that_knows_no_system_message(
+    tied_pair: Path, engine: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tied_pair / "a")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    lm = engine.lm(tmp_path)
+    history = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    assert lm.apply_chat_template(history) == "[user] hello[assistant]"
 
 
 def test_the_51st_candidate_equals_a_fresh_engine(tied_pair: Path, engine: Any) -> None:

@@ -87,6 +87,8 @@ def test_a_merge_that_fails_in_a_rank_leaves_the_engine_usable(tied_pair: Path, 
         answers(ranks)
     with pytest.raises(TrialEngineError, match="takes recipes"):
         ranks.load(iter(()))
+    with pytest.raises(TrialEngineError, match="no such folder"):
+        ranks.verify(model_alone(str(tied_pair / "nowhere")))
     ranks.load_recipe(blend(tied_pair, 0.5))
     assert ranks.verify(blend(tied_pair, 0.5)) == []
 
