@@ -326,7 +326,8 @@ def _sentence(
     where = f"on {n} holdout documents, at 95% certainty"
     reasons = []
     if gain.low <= 0:
-        reasons.append("the interval includes zero")
+        where_it_lies = "includes zero" if gain.high >= 0 else "lies below zero"
+        reasons.append(f"the interval {where_it_lies}")
     if 0 < gain.value <= _floor(noise):
         reasons.append(f"scoring the winner again moved it by up to {_floor(noise):.3f}")
     if reasons:

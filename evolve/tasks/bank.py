@@ -172,7 +172,7 @@ class RequestBank:
             found[place] = AnsweredDocument(
                 task=leaf.name,
                 document=place[1],
-                doc=leaf.docs[place[1]],
+                doc=copies[place][0].doc,
                 answers=answers,
                 values=_values(leaf, place[1], copies[place], answers),
                 tokens=self._n_tokens(answers) if self._counts_tokens and leaf.generates else 0,

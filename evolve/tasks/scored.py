@@ -103,11 +103,11 @@ class ScoredTask:
         return TrialTaskError(f"{text}aggregates {len(outcomes)} documents to that")
 
     def _no_value(self, name: str, outcomes: Sequence[Outcome]) -> TrialTaskError:
-        there = sorted({key for outcome in outcomes for key in outcome.others}) or ["none"]
-        return TrialTaskError(
-            f"{name}: no document has a value of {self.metric},{self.filter}, only of "
-            f"{'; '.join(there):.200}; name one of these as the entry's metric, with a direction"
-        )
+        text = f"{name}: no document has a value of {self.metric},{self.filter}"
+        if there := sorted({key for outcome in outcomes for key in outcome.others}):
+            text += f", only of {'; '.join(there):.200}; name one of these as the entry's metric, with a "
+            text += "direction"
+        return TrialTaskError(text)
 
     def outcomes(self, split: Split, answered: Answered) -> list[Outcome]:
         """Pick this entry's value of each document.
@@ -120,6 +120,10 @@ class ScoredTask:
         for leaf in self.leaves:
             for number in leaf.documents[split]:
                 others = dict(answered[leaf.name, number].values)
+                if own in others and others[own] is None:
+                    raise TrialTaskError(
+                        f"{leaf.name}, document {number}: {self.metric} gave None, not a value"
+                    )
                 found.append(Outcome(leaf.name, number, others.pop(own, None), others, own))
         return found
 
