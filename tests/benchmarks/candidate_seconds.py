@@ -5,8 +5,9 @@
 
 One TIES merge of base + two 135M specialists in bfloat16, with other densities for every
 candidate. First the merge alone, in one process with sources kept, as in a search: with compiled
-loops and by torch without a compiler, each with its first candidate and the median of the next
-ones, beside two copies of one model's bytes: in place, and fresh, into memory newly taken.
+loops and by torch without a compiler, straight into a live model's memory (`in place`, as the hf
+engine does) and into new memory (`fresh`); the first candidate, and the median of the next ones.
+The peer is a copy of one model's bytes, in place and fresh, made after each candidate; medians too.
 
 Then, without `--alone`, whole candidates on 2 tasks of 40 documents, for each backend in a process
 of its own. "bare" is the time inside the model's own passes in the same candidate: `forward` of the
@@ -97,32 +98,29 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def copies_seconds(testbed: Path) -> tuple[float, float]:
-    """Time a copy of one model in place, and one into memory newly taken; the best of five."""
+def alone_seconds(testbed: Path, n: int, compiles: bool, in_place: bool) -> dict[str, float]:
+    """Time the merge alone: the first candidate of fresh sources, and n more, each beside a copy."""
+    sources = Sources(keep=True)
     tensors = load_file(testbed / "base/model.safetensors")
-    copies = [torch.empty_like(tensor) for tensor in tensors.values()]
-
-    def in_place() -> None:
-        for a, b in zip(copies, tensors.values(), strict=True):
-            a.copy_(b)
-
-    def fresh() -> list[torch.Tensor]:
-        return [tensor.clone() for tensor in tensors.values()]
-
-    in_place()
-    return min(seconds(in_place) for _ in range(5)), min(seconds(fresh) for _ in range(5))
-
-
-def alone_seconds(testbed: Path, n: int, compiles: bool) -> tuple[float, float]:
-    """Time the merge alone: the first candidate of fresh sources, and the median of n more."""
-    sources = Sources()
+    live = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    into = live if in_place else None
 
     def candidate(density: float) -> float:
         recipe = Recipe.parse(config(testbed, density))
-        return seconds(lambda: deque(merged_tensors(recipe, sources, compiles=compiles), maxlen=0))
+        stream = merged_tensors(recipe, sources, compiles=compiles, into=into)
+        return seconds(lambda: deque(stream, maxlen=0))
+
+    def copy() -> None:
+        for name, tensor in tensors.items():
+            if in_place:
+                live[name].copy_(tensor)
+            else:
+                tensor.clone()
 
     first = candidate(0.5)
-    return first, statistics.median(candidate(density) for density in densities(n))
+    later = [(candidate(density), seconds(copy)) for density in densities(n)]
+    merge, copied = (statistics.median(values) for values in zip(*later, strict=True))
+    return {"first": first, "later": merge, "copy": copied}
 
 
 def mergekit_seconds(testbed: Path) -> float:
@@ -139,24 +137,22 @@ def mergekit_seconds(testbed: Path) -> float:
 
 def measure_alone(testbed: Path, n: int) -> dict[str, Any]:
     """Measure the merge alone beside the copies, in seconds."""
-    in_place, fresh = copies_seconds(testbed)
-    found: dict[str, Any] = {"copy_in_place": in_place, "copy_fresh": fresh}
-    if is_compilable(torch.empty(0)):
-        found["compiled loops"] = alone_seconds(testbed, n, True)
-    found["torch"] = alone_seconds(testbed, n, False)
-    return found
+    ways = {"compiled loops": True, "torch": False}
+    if not is_compilable(torch.empty(0)):
+        del ways["compiled loops"]
+    return {
+        f"{way}, {where}": alone_seconds(testbed, n, compiles, where == "in place")
+        for way, compiles in ways.items()
+        for where in ("in place", "fresh")
+    }
 
 
 def print_alone(found: dict[str, Any]) -> None:
     """Print the merge alone beside the copies."""
-    in_place, fresh = found["copy_in_place"], found["copy_fresh"]
-    print(f"copy of one model: in place {in_place:.3f} s, fresh {fresh:.3f} s")
-    print(f"{'merge alone':<20}{'seconds':>9}{'/ in-place copy':>17}{'/ fresh copy':>14}")
-    if "compiled loops" not in found:
-        print("no C compiler here")
-    for way in ("compiled loops", "torch"):
-        for which, taken in zip(("first", "later"), found.get(way, ()), strict=False):
-            print(f"{f'{way}, {which}':<20}{taken:>9.2f}{taken / in_place:>17.1f}{taken / fresh:>14.1f}")
+    print(f"{'merge alone':<26}{'first':>8}{'later':>8}{'copy':>8}{'later / copy':>14}")
+    for way, took in found.items():
+        row = f"{took['first']:>8.3f}{took['later']:>8.3f}{took['copy']:>8.3f}"
+        print(f"{way:<26}{row}{took['later'] / took['copy']:>14.1f}")
 
 
 class Stopwatch:

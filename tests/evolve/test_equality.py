@@ -282,7 +282,7 @@ def test_after_50_candidates_the_51st_equals_a_fresh_load(tmp_path: Path, dtype:
 
     resident = HfEngine(settings)
     for i, one in enumerate(recipes):
-        resident.load(merged_tensors(one, sources))
+        resident.load_recipe(one, sources)  # straight into the live parameters
         if i % 10 == 0:
             answers(resident)
     assert resident.verify(recipes[-1]) == []
