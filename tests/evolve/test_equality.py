@@ -147,7 +147,7 @@ class Recorder:
 
     def __init__(self, lm: Any) -> None:
         self._lm = lm
-        self.answers: dict[str, list[Any]] = {}
+        self._found: dict[str, dict[tuple[int, int], Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lm, name)
@@ -155,8 +155,14 @@ class Recorder:
     def _pass_on(self, kind: str, requests: list[Any]) -> list[Any]:
         answers = list(getattr(self._lm, kind)(requests))
         for request, answer in zip(requests, answers, strict=True):
-            self.answers.setdefault(request.task_name, []).append(plain(answer))
+            place = request.doc_id, request.idx
+            self._found.setdefault(request.task_name, {})[place] = plain(answer)
         return answers
+
+    def taken(self) -> dict[str, list[Any]]:
+        """Return the answers since the last call."""
+        found, self._found = self._found, {}
+        return {name: [by_place[place] for place in sorted(by_place)] for name, by_place in found.items()}
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
         return self._pass_on("loglikelihood", requests)
@@ -198,10 +204,9 @@ def score_resident(
     for one in recipes:
         dtype = getattr(torch, config["dtype"])
         engine.load((name, tensor.to(dtype)) for name, tensor in merged_tensors(one, sources))
-        recorder.answers = {}
         outcomes = bank.answer("search")
         values = {key: [plain(o.value) for o in found] for key, found in outcomes.items()}
-        scored.append(Scored(values, recorder.answers))
+        scored.append(Scored(values, recorder.taken()))
     return scored
 
 
@@ -278,7 +283,7 @@ def test_after_50_candidates_the_51st_equals_a_fresh_load(tmp_path: Path, dtype:
     def answers(engine: HfEngine) -> dict[str, list[Any]]:
         recorder = Recorder(engine.lm())
         RequestBank(task_set, recorder, False, ("search",)).answer("search")  # type: ignore[arg-type]
-        return recorder.answers
+        return recorder.taken()
 
     resident = HfEngine(settings)
     for i, one in enumerate(recipes):
