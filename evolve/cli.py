@@ -264,6 +264,9 @@ def evaluate(
     backend: BackendOption = None,
     device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(help="score in this dtype")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare the engine's weights with each model's")
+    ] = False,
     trust_remote_code: TrustOption = False,
     allow_unsafe_code: UnsafeOption = False,
     as_json: JsonOption = False,
@@ -286,6 +289,7 @@ def evaluate(
         dtype=dtype,
         baseline=baseline,
         with_baselines=baselines,
+        verify=verify,
         trust_remote_code=trust_remote_code,
         allow_unsafe_code=allow_unsafe_code,
     )

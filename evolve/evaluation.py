@@ -36,6 +36,7 @@ class EvalOptions:
         baseline: the model that the others are compared with; None = the first.
         with_baselines: score each recipe's models alone, and their average, too.
         dtype: score in this dtype instead of the model's own.
+        verify: compare the weights that the engine holds with each model's.
     """
 
     tasks: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class EvalOptions:
     dtype: str | None = None
     baseline: str | None = None
     with_baselines: bool = False
+    verify: bool = False
     trust_remote_code: bool = False
     allow_unsafe_code: bool = False
 
@@ -70,7 +72,7 @@ def evaluate_models(
 
     Raises:
         SearchFileError: with every fault of models, recipes, tasks and options.
-        TrialEngineError: a model could not be scored.
+        TrialEngineError: a model could not be scored, or the engine holds other weights.
     """
     specs, scoring, seed = _what(options)
     sources = Sources()
@@ -118,7 +120,7 @@ def evaluate_models(
             prompting=Prompting(reference, scoring.apply_chat_template),
             allow_unsafe_code=options.allow_unsafe_code,
         )
-    outcomes = dict(_outcomes(recipes, setups, tasks, sources, options.split, under_way))
+    outcomes = dict(_outcomes(recipes, setups, tasks, sources, options, under_way))
     return [_scored(name, outcomes, tasks, over) for name in recipes]
 
 
@@ -127,11 +129,11 @@ def _outcomes(
     setups: Mapping[str, WorkerSetup],
     tasks: TaskSet,
     sources: Sources,
-    split_name: str,
+    options: EvalOptions,
     under_way: UnderWay,
 ) -> Iterator[tuple[str, Outcomes]]:
     """Score all models, those of one shape with one engine, whose weights are changed in place."""
-    split = SPLITS[SPLITS.index(split_name)]
+    split = SPLITS[SPLITS.index(options.split)]
     by_shape: dict[str, list[str]] = {}
     for name, setup in setups.items():
         by_shape.setdefault(_shape(setup.engine), []).append(name)
@@ -152,10 +154,27 @@ def _outcomes(
             result = worker.evaluate(Job(name, "trial", recipes[name], (split,), (prompting,)))
             if result.failure:
                 raise TrialEngineError(f"{name} could not be scored: {result.failure[1]}")
+            if options.verify:
+                under_way(f"verifying: {name}")
+                _verify(worker, name, recipes[name])
             yield name, result.outcomes[prompting][split]
         # Before the next engine takes its memory.
         del worker
         gc.collect()
+
+
+def _verify(worker: Worker, name: str, recipe: Recipe) -> None:
+    """Compare the weights that scored a model with those of its recipe.
+
+    Raises:
+        TrialEngineError: they differ.
+    """
+    differences = worker.engine.verify(recipe)
+    if differences:
+        raise TrialEngineError(
+            f"{name}: the engine holds other weights than the recipe gives, in {len(differences)} "
+            f"places: {'; '.join(differences[:3])}"
+        )
 
 
 def _shape(engine: EngineSettings) -> str:

@@ -39,6 +39,9 @@ class Engine(Protocol):
     def lm(self, tokenizer: Path | None = None) -> LM:
         """Return lm-eval's view of the model, with the tokenizer of a folder (default the donor's)."""
 
+    def verify(self, source: Recipe) -> list[str]:
+        """Compare the weights that the engine holds with a recipe's; a line for each difference."""
+
     def memory_gb(self) -> dict[str, float]:
         """Return what the engine holds, in GB of 10^9 bytes: "weights", "kv_cache" where it has one."""
 

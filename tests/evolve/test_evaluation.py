@@ -1,11 +1,12 @@
 """`evolve eval`: models and recipes side by side, on the same documents."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from evolve.errors import SearchFileError
+from evolve.errors import SearchFileError, TrialEngineError
 from evolve.evaluation import EvalOptions, evaluate_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,3 +98,19 @@ def test_a_search_file_is_no_recipe(tmp_path: Path) -> None:
     path = recipe(tmp_path, parameters={"lambda": {"low": 0.5, "high": 1.0}})
     with pytest.raises(SearchFileError, match="lambda"):
         evaluate_models([path], TASKS)
+
+
+def test_the_engines_weights_are_compared_with_the_models_on_demand(tmp_path: Path) -> None:
+    model = tmp_path / "sort"
+    shutil.copytree(ROOT / MODELS / "sort", model)
+    options = EvalOptions(**{**vars(TASKS), "limit": 2, "verify": True})
+    assert evaluate_models([str(model)], options)[0]["n_documents"] == {"qs_sort": 2, "qs_largest": 2}
+
+    def exchange(text: str) -> None:
+        if text.startswith("verifying"):
+            for file in (ROOT / MODELS / "largest").glob("*.safetensors"):
+                shutil.copy(file, model / "other")
+                (model / "other").replace(model / file.name)
+
+    with pytest.raises(TrialEngineError, match="the engine holds other weights than the recipe gives"):
+        evaluate_models([str(model)], options, exchange)
