@@ -63,7 +63,9 @@ def run(
     storage: Annotated[
         str | None, typer.Option(help="URL of another storage, such as PostgreSQL")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="auto, cma, tpe, gp, nsga2, nsga3, qmc or random")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="auto, cma, tpe, gp, nsga2, nsga3, qmc or random")
+    ] = None,
     backend: BackendOption = None,
     workers: Annotated[int, typer.Option(min=1, help="candidates evaluated at once")] = 1,
     gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs each worker gets")] = 0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -143,24 +142,25 @@ def _outcomes(
         under_way(f"starting the {setup.backend} engine")
         refuse_too_large(recipes[names[0]], sources, setup.engine.device, 1)
         worker = Worker(setup, tasks, sources)
-        promptings: list[Prompting] = []
-        for name in names:
-            n_done += 1
-            under_way(f"scoring: {name} ({n_done} of {len(setups)})")
-            own = setups[name].prompting
-            # Requests are built once for tokenizers that are the same.
-            prompting = next((known for known in promptings if same_prompts(known, own)), own)
-            promptings.append(prompting)
-            result = worker.evaluate(Job(name, "trial", recipes[name], (split,), (prompting,)))
-            if result.failure:
-                raise TrialEngineError(f"{name} could not be scored: {result.failure[1]}")
-            if options.verify:
-                under_way(f"verifying: {name}")
-                _verify(worker, name, recipes[name])
-            yield name, result.outcomes[prompting][split]
-        # Before the next engine takes its memory.
-        del worker
-        gc.collect()
+        try:
+            promptings: list[Prompting] = []
+            for name in names:
+                n_done += 1
+                under_way(f"scoring: {name} ({n_done} of {len(setups)})")
+                own = setups[name].prompting
+                # Requests are built once for tokenizers that are the same.
+                prompting = next((known for known in promptings if same_prompts(known, own)), own)
+                promptings.append(prompting)
+                result = worker.evaluate(Job(name, "trial", recipes[name], (split,), (prompting,)))
+                if result.failure:
+                    raise TrialEngineError(f"{name} could not be scored: {result.failure[1]}")
+                if options.verify:
+                    under_way(f"verifying: {name}")
+                    _verify(worker, name, recipes[name])
+                yield name, result.outcomes[prompting][split]
+        finally:
+            # Before the next engine takes its memory.
+            worker.close()
 
 
 def _verify(worker: Worker, name: str, recipe: Recipe) -> None:

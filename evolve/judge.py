@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
-from evolve.errors import SearchStoppedError
+from evolve.errors import SearchStoppedError, TrialError
 from evolve.export import write_best
 from evolve.noise import Noise, measured
 from evolve.plan import Plan
@@ -98,6 +98,10 @@ def _kept_outcomes(
         def objective(by_split: Mapping[Split, Outcomes]) -> float:
             return plan.tasks.objective(plan.tasks.scores(by_split[job.splits[-1]]))
 
-        save_outcomes(path, max(result.outcomes.values(), key=objective))
+        try:
+            save_outcomes(path, max(result.outcomes.values(), key=objective))
+        except TrialError as error:
+            study.keep_note(f"{file} failed", [job.name, error.kind, str(error)])
+            return None
         scored()
     return load_outcomes(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from evolve.errors import SearchStoppedError
+from evolve.errors import SearchStoppedError, TrialError
 from evolve.export import write_best
 from evolve.judge import judge, kept_verdict
 from evolve.memory import refuse_too_large
@@ -170,7 +170,11 @@ def record(study: Study, plan: Plan, result: Result) -> None:
         study.fail(number, *result.failure, result.seconds)
         return
     outcomes = result.outcomes[plan.setup.prompting]["search"]
-    scores = plan.tasks.scores(outcomes)
+    try:
+        scores = plan.tasks.scores(outcomes)
+    except TrialError as error:  # a function of the user's own may fail now and then
+        study.fail(number, error.kind, str(error), result.seconds)
+        return
     study.complete(number, plan.tasks.objective(scores), scores, outcomes, result.seconds)
     best = study.best()
     if best is not None and best.number == number:

@@ -73,9 +73,14 @@ def measured(
         for task in tasks.tasks:
             pairs = list(zip(recorded[task.key], outcomes[task.key], strict=True))
             difference = task.score(outcomes[task.key]) - scores[task.key]
-            share = sum(one.value != other.value for one, other in pairs) / len(pairs)
+            share = sum(_timeless(a.value) != _timeless(b.value) for a, b in pairs) / len(pairs)
             changes.setdefault(task.key, {})[name] = Change(share, difference)
             moved += task.weight * abs(difference)
         floor = max(floor, moved)
     documents = {(o.leaf, o.document) for outcomes in recorded.values() for o in outcomes}
     return Noise(split, len(documents), floor, changes)
+
+
+def _timeless(value: Any) -> Any:
+    """Leave the clock out of what a function of the user's own was given."""
+    return {k: v for k, v in value.items() if k != "seconds"} if isinstance(value, Mapping) else value

@@ -27,7 +27,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from evolve.errors import ResumeRefusedError, SearchFileError, StorageError
 from evolve.samplers import Proposal
 from evolve.search_file import SearchFile
-from evolve.tasks import SPLITS, Outcome, Outcomes, Split, n_documents
+from evolve.tasks import SPLITS, Outcome, Outcomes, Split, as_json, n_documents
 from evolve.workers.worker import Seconds
 from merge_core.checkpoint.write import write_text
 from merge_core.recipe import load_yaml
@@ -316,7 +316,7 @@ def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
             "metric": metric,
             "counts": counts,
             "value": float(value) if _is_number(value) else None,
-            "detail": None if _is_number(value) else json.dumps(value, default=_plain),
+            "detail": None if _is_number(value) else as_json(value),
         }
         for split, by_task in outcomes.items()
         for task, values in by_task.items()
@@ -353,8 +353,3 @@ def _is_number(value: Any) -> bool:
     import numbers
 
     return isinstance(value, numbers.Real)
-
-
-def _plain(value: Any) -> Any:
-    """Turn numpy's scalars and arrays into JSON's."""
-    return value.tolist()

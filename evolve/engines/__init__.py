@@ -42,6 +42,9 @@ class Engine(Protocol):
     def verify(self, source: Recipe) -> list[str]:
         """Compare the weights that the engine holds with a recipe's; a line for each difference."""
 
+    def close(self) -> None:
+        """Give back the memory; nothing is asked of the engine after it."""
+
     def memory_gb(self) -> dict[str, float]:
         """Return what the engine holds, in GB of 10^9 bytes: "weights", "kv_cache" where it has one."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 from collections.abc import Iterable
@@ -97,6 +98,15 @@ class HfEngine:
                     f"({str(error)[:200]}), correct it"
                 ) from error
         return self._lms[folder]
+
+    def close(self) -> None:
+        """Give back the model's memory."""
+        device = self.model.device
+        self._lms.clear()
+        del self.model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def checksum(self) -> dict[str, int]:
         """Digest each parameter's bytes, by the model's own names.

@@ -76,8 +76,8 @@ class VllmEngine:
         folder = Path(self._folder.name)
         (folder / "config.json").write_text(json.dumps(settings.config))
         copy_tokenizer(settings.folder, folder)
-        if (settings.folder / "generation_config.json").is_file():
-            shutil.copy(settings.folder / "generation_config.json", folder)
+        for code in settings.folder.glob("*.py") if settings.trust_remote_code else ():
+            shutil.copy(code, folder)
         self._holds = "nothing"
         self._lms: dict[Path, VllmLM] = {}
         with quiet(), reported(settings.options):

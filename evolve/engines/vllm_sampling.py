@@ -80,7 +80,10 @@ def sampling_arguments(arguments: dict[str, Any], defaults: dict[str, Any], seed
     if not is_drawn:
         return {**{k: v for k, v in values.items() if k not in _FOR_DRAWING}, "temperature": 0.0}
     values.setdefault("top_k", _TRANSFORMERS_TOP_K)
-    values["temperature"] = float(given.get("temperature") or defaults.get("temperature", 1.0))
+    temperature = given.get("temperature")
+    values["temperature"] = float(
+        defaults.get("temperature", 1.0) if temperature is None else temperature
+    )
     return {"seed": seed, **values}
 
 

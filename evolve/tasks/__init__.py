@@ -15,7 +15,7 @@ from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks.bank import RequestBank
 from evolve.tasks.divergence import reference_faults
 from evolve.tasks.draw import SPLITS, Leaf, Split
-from evolve.tasks.outcome import AnsweredDocument, Outcome, Outcomes, n_documents
+from evolve.tasks.outcome import AnsweredDocument, Outcome, Outcomes, as_json, n_documents
 from evolve.tasks.scored import ScoredTask
 from evolve.tasks.task_set import TaskSet
 
@@ -34,6 +34,7 @@ __all__ = [
     "ScoredTask",
     "Split",
     "TaskSet",
+    "as_json",
     "evaluate",
     "n_documents",
     "reference_faults",

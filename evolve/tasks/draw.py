@@ -36,16 +36,55 @@ class Leaf:
         return bool(self.task.OUTPUT_TYPE == "generate_until")
 
 
-def draw(name: str, tasks: Sequence[Any], scoring: ScoringSettings, seed: int) -> tuple[Leaf, ...]:
-    """Split each task's documents by seed: holdout first, then at most `limit` for the search.
+def draw(
+    named: Mapping[str, Sequence[Any]], scoring: ScoringSettings, seed: int
+) -> dict[str, tuple[Leaf, ...]]:
+    """Split the documents of all entries by seed: holdout first, then at most `limit` for the search.
 
     For a group both counts are spread over its leaves in proportion, with at least one search
-    document a leaf.
+    document a leaf. Entries over the same documents, such as a group and one of its leaves, share
+    one order of them, so that what one keeps for the verdict no other searches on.
 
     Args:
-        name: what the user named; leaves of a group are named behind it.
-        tasks: lm-eval tasks, one a leaf.
+        named: by what the user named, its lm-eval tasks; leaves of a group are named behind it.
+
+    Returns:
+        By name the leaves.
     """
+    shares = [share for name, tasks in named.items() for share in _shares(name, tasks, scoring)]
+    orders: dict[str, list[int]] = {}
+    kept: dict[str, int] = {}
+    for share in shares:
+        if share.data not in orders:
+            orders[share.data] = list(range(len(share.docs)))
+            random.Random(f"{seed}:{share.name}:{share.task.task_name}").shuffle(orders[share.data])
+        kept[share.data] = max(kept.get(share.data, 0), share.n_holdout)
+    leaves: dict[str, list[Leaf]] = {name: [] for name in named}
+    for share in shares:
+        order, first = orders[share.data], kept[share.data]
+        documents: dict[Split, tuple[int, ...]] = {
+            "holdout": tuple(sorted(order[: share.n_holdout])),
+            "search": tuple(sorted(order[first : first + share.n_search])),
+        }
+        task_name = share.task.task_name
+        its_name = share.name if task_name == share.name else f"{share.name}/{task_name}"
+        leaves[share.name].append(Leaf(its_name, share.task, documents, share.docs))
+    return {name: tuple(its) for name, its in leaves.items()}
+
+
+@dataclass(frozen=True)
+class _Share:
+    """How many documents of a leaf are wanted; `data` tells which documents they are."""
+
+    name: str
+    task: Any
+    docs: Sequence[Mapping[str, Any]]
+    data: str
+    n_holdout: int
+    n_search: int
+
+
+def _shares(name: str, tasks: Sequence[Any], scoring: ScoringSettings) -> list[_Share]:
     docs = [task.eval_docs for task in tasks]
     sizes = [len(documents) for documents in docs]
     total = sum(sizes)
@@ -55,17 +94,19 @@ def draw(name: str, tasks: Sequence[Any], scoring: ScoringSettings, seed: int) -
     rest = [n - h for n, h in zip(sizes, held, strict=True)]
     limit = sum(rest) if scoring.limit is None else scoring.limit
     searched = _spread(limit, rest, rest, floor=1)
-    leaves = []
-    for task, its_docs, n, h, s in zip(tasks, docs, sizes, held, searched, strict=True):
-        order = list(range(n))
-        random.Random(f"{seed}:{name}:{task.task_name}").shuffle(order)
-        documents: dict[Split, tuple[int, ...]] = {
-            "holdout": tuple(sorted(order[:h])),
-            "search": tuple(sorted(order[h : h + s])),
-        }
-        its_name = name if task.task_name == name else f"{name}/{task.task_name}"
-        leaves.append(Leaf(its_name, task, documents, its_docs))
-    return tuple(leaves)
+    return [
+        _Share(name, task, its_docs, _data(task, len(its_docs)), h, s)
+        for task, its_docs, h, s in zip(tasks, docs, held, searched, strict=True)
+    ]
+
+
+def _data(task: Any, n: int) -> str:
+    """Tell which documents a task has: data set, split and how many."""
+    config = task.config
+    if not config.dataset_path:
+        return str(task.task_name)
+    split = config.test_split or config.validation_split
+    return repr((config.dataset_path, config.dataset_name, config.dataset_kwargs, split, n))
 
 
 def _spread(count: int, sizes: Sequence[int], most: Sequence[int], floor: int) -> list[int]:

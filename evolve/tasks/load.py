@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
+import json
 import logging
 import os
 import random
@@ -212,3 +215,27 @@ def quiet_lm_eval() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def task_fingerprint(task: Any) -> str:
+    """Fingerprint what a task's file says and what its local data files hold.
+
+    Where the files lie does not count; data sets of the Hub go by their name.
+    """
+    config = dict(task.dump_config())
+    data = (config.pop("dataset_kwargs", None) or {}).get("data_files") or {}
+    config.pop("metadata", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_spelled).encode())
+    for named in data.values() if isinstance(data, Mapping) else [data]:
+        for file in [named] if isinstance(named, str) else named:
+            if Path(file).is_file():
+                digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _spelled(value: Any) -> str:
+    """Spell a function by its source, and what else is no plain data by its kind."""
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return type(value).__qualname__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,14 @@ Outcomes = dict[str, list[Outcome]]
 def n_documents(outcomes: Mapping[str, Iterable[Outcome]]) -> int:
     """Count the documents behind outcomes; two metrics of one document count once."""
     return len({(o.leaf, o.document) for values in outcomes.values() for o in values})
+
+
+def as_json(value: Any) -> str:
+    """Spell a metric's value of one document; what JSON does not have, such as a set, as its text."""
+    try:
+        return json.dumps(value, default=lambda array: array.tolist())
+    except (AttributeError, TypeError, ValueError):
+        return json.dumps(repr(value))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from evolve.errors import SearchFileError
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks.divergence import Divergence, make_divergence
 from evolve.tasks.draw import Leaf, draw
-from evolve.tasks.load import Loaded, load_tasks
+from evolve.tasks.load import Loaded, load_tasks, task_fingerprint
 from evolve.tasks.measures import function_file, measure
 from evolve.tasks.outcome import Outcomes
 from evolve.tasks.scored import ScoredTask
@@ -53,7 +53,7 @@ class TaskSet:
             raise SearchFileError(faults)
         places = {spec.name: i for i, spec in reversed([*enumerate(specs)]) if spec.kind == "task"}
         loaded = load_tasks(places, scoring, allow_unsafe_code, faults) if places else {}
-        drawn = {name: draw(name, item.leaves, scoring, seed) for name, item in loaded.items()}
+        drawn = draw({name: item.leaves for name, item in loaded.items()}, scoring, seed)
         texts = self._texts(faults)
         found: dict[int, ScoredTask] = {}
         for i, spec in enumerate(specs):
@@ -102,7 +102,7 @@ class TaskSet:
             except SearchFileError as error:
                 faults += error.faults
                 continue
-            (texts[spec.text],) = draw(spec.text, [task], self.scoring, self.seed)
+            (texts[spec.text],) = draw({spec.text: [task]}, self.scoring, self.seed)[spec.text]
         return texts
 
     @property
@@ -116,8 +116,10 @@ class TaskSet:
         return list(dict.fromkeys(t.reference for t in self.tasks if isinstance(t, Divergence)))
 
     def files(self) -> dict[str, str]:
-        """Fingerprints of the files that scores depend on: texts, and where functions are written."""
-        files = {spec.text: fingerprint(spec.text) for spec in self._specs if spec.text is not None}
+        """Fingerprints of what scores depend on besides models: tasks, texts, and where functions are."""
+        leaves = {leaf.name: leaf for task in self.tasks if task.is_asked for leaf in task.leaves}
+        files = {name: task_fingerprint(leaf.task) for name, leaf in leaves.items()}
+        files |= {spec.text: fingerprint(spec.text) for spec in self._specs if spec.text is not None}
         for spec in self._specs:
             if spec.kind == "function" and (file := function_file(spec.name)):
                 files[spec.name] = fingerprint(file)

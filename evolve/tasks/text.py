@@ -32,7 +32,7 @@ def read_documents(field: str, file: str) -> list[str]:
         ) from None
     if Path(file).suffix == ".jsonl":
         documents = [
-            _text_of(field, file, i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()
+            _text_of(field, file, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()
         ]
     else:
         documents = [part.strip("\n") for part in re.split(r"\n[^\S\n]*(?=\n)", text)]

@@ -31,4 +31,5 @@ class LocalPool:
         return self._worker.memory(references, dtype)
 
     def close(self) -> None:
-        """Nothing to release: the process owns it all."""
+        """Stop the engine."""
+        self._worker.close()

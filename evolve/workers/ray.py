@@ -77,6 +77,10 @@ class RayPool:
             measured: Memory = ray.get(self._free[0].memory.remote(references, dtype))
         except ray.exceptions.RayActorError as error:
             raise _could_not_start(error) from error
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, SearchFileError):
+                raise error.cause from None
+            raise
         return measured
 
     def submit(self, job: Job) -> None:
@@ -124,10 +128,20 @@ class _Actor:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._worker = Worker(setup)
+        self._fault: SearchFileError | None = None
+        try:
+            self._worker = Worker(setup)
+        except SearchFileError as error:  # told when it is asked: a dead actor loses the text
+            self._fault = error
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
-        """Measure this process."""
+        """Measure this process.
+
+        Raises:
+            SearchFileError: the engine cannot start with the user's settings.
+        """
+        if self._fault:
+            raise self._fault
         return self._worker.memory(references, dtype)
 
     def evaluate(self, job: Job) -> Result:

@@ -129,6 +129,11 @@ class Worker:
         recipe = Recipe.parse({**model_alone(reference).as_config(), "out_dtype": dtype})
         self.engine.load_recipe(recipe, self.sources)
 
+    def close(self) -> None:
+        """Stop the engine and forget the requests."""
+        self._banks.clear()
+        self.engine.close()
+
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure what sources and engine take; see `evolve.memory.measure`."""
         return measure(self.engine, self.sources, references, dtype)

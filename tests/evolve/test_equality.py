@@ -243,7 +243,7 @@ def assert_equal_in_float32(found: Scored, expected: Scored) -> None:
         for (logprob, greedy), (other, other_greedy) in zip(
             found.answers[name], expected.answers[name], strict=True
         ):
-            assert logprob == pytest.approx(other, abs=1e-4)
+            assert logprob == pytest.approx(other, rel=1e-5, abs=1e-4)
             assert greedy == other_greedy
 
 

@@ -210,6 +210,8 @@ def test_a_text_is_cut_at_blank_lines_and_jsonl_by_lines(tmp_path: Path) -> None
     assert read_documents("text", str(plain)) == [" one\nmore", "two", "three "]
     lines.write_text('{"text": "one\\n\\ntwo"}\n\n{"text": "three"}\n')
     assert read_documents("text", str(lines)) == ["one\n\ntwo", "three"]
+    lines.write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
+    assert read_documents("text", str(lines)) == ["one\u2028two"]
     lines.write_text('{"text": "one"}\n{"txt": "two"}\n')
     with pytest.raises(SearchFileError, match="line 2 has no `text`"):
         read_documents("tasks[0].text", str(lines))
@@ -348,7 +350,7 @@ def test_a_changed_text_function_or_reference_makes_another_search(
         return make_plan(SearchFile(data, "s")).identity()
 
     before = identity()
-    assert set(before["files"]) == {str(text), f"{module}:f"}
+    assert set(before["files"]) == {"qs_sort", str(text), f"{module}:f"}
     text.write_text("one\n\ntwo!\n")
     assert identity()["files"][str(text)] != before["files"][str(text)]
     with (tmp_path / f"{module}.py").open("a") as file:

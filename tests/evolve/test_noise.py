@@ -55,6 +55,26 @@ def test_a_gain_no_larger_than_the_noise_is_not_claimed(
     assert ("moved it by up to 0.600" in verdict.text) is not is_shown
 
 
+@pytest.mark.parametrize(("answer", "changed"), [("a", 0.0), ("b", 1.0)])
+def test_the_clock_is_no_noise(
+    answer: str, changed: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "constant.py").write_text("def half(documents):\n    return 0.5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    specs = [TaskSpec(name="qs_sort"), TaskSpec(name="constant:half", direction="maximize")]
+    both = TaskSet(specs, ScoringSettings(task_paths=[str(ROOT / "tasks")]), 0)
+
+    def scored(answer: str, seconds: float) -> Outcomes:
+        seen = {"answers": [answer], "values": {}, "tokens": 1, "seconds": seconds}
+        return {
+            "qs_sort": [Outcome("qs_sort", 0, 1.0)],
+            "constant:half": [Outcome("qs_sort", 0, seen)],
+        }
+
+    noise = measured(both, "search", scored("a", 0.1), {"again": scored(answer, 0.2)})
+    assert noise.tasks["constant:half"]["again"].changed == changed
+
+
 @pytest.mark.parametrize("holdout", [10, 0])
 def test_a_search_measures_it_once_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holdout: int

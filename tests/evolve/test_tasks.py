@@ -6,6 +6,7 @@ import pytest
 from evolve.engines.hf import HfEngine, ResidentLM
 from evolve.errors import SearchFileError, TrialTaskError
 from evolve.search_file import ScoringSettings, TaskSpec
+from evolve.study import load_outcomes, save_outcomes
 from evolve.tasks import Outcome, RequestBank, TaskSet, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,51 @@ def test_a_group_spreads_its_counts_over_its_leaves(group_folder: str) -> None:
 def test_every_leaf_of_a_group_has_a_search_document(group_folder: str) -> None:
     (task,) = task_set(["g_both"], task_paths=[group_folder], limit=1, holdout=0.5).tasks
     assert [len(leaf.documents["search"]) for leaf in task.leaves] == [1, 1]
+
+
+@pytest.mark.parametrize("names", [["g_both", "g_big"], ["g_big", "g_both"], ["g_small", "g_rolling"]])
+@pytest.mark.parametrize("limit", [None, 4])
+def test_what_one_entry_keeps_for_the_verdict_no_other_searches_on(
+    group_folder: str, names: list[str], limit: int | None
+) -> None:
+    tasks = task_set(names, task_paths=[group_folder], limit=limit, holdout=0.4)
+    searched: dict[str, set[int]] = {}
+    kept: dict[str, set[int]] = {}
+    for task in tasks.tasks:
+        for leaf in task.leaves:
+            data = str(leaf.task.config.dataset_kwargs)
+            searched.setdefault(data, set()).update(leaf.documents["search"])
+            kept.setdefault(data, set()).update(leaf.documents["holdout"])
+            assert leaf.documents["search"]
+    for data in searched:
+        assert not searched[data] & kept[data]
+
+
+def test_a_changed_task_file_or_its_data_make_another_fingerprint(group_folder: str) -> None:
+    def prints() -> dict[str, str]:
+        return task_set(["g_big", "g_small"], task_paths=[group_folder]).files()
+
+    before = prints()
+    assert prints() == before
+    task, data = Path(group_folder, "big.yaml"), Path(group_folder, "small.jsonl")
+    written = {path: path.read_text() for path in (task, data)}
+    try:
+        task.write_text(written[task].replace("doc_to_text: q", "doc_to_text: 'Q {{q}}'"))
+        assert [prints()[name] == before[name] for name in ("g_big", "g_small")] == [False, True]
+        data.write_text(written[data].replace("largest 0", "largest 9"))
+        assert prints()["g_small"] != before["g_small"]
+    finally:
+        for path, text in written.items():
+            path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    "value", [{1, 2}, {("a", 1): 2}, [1.5, {"a": None}], object, float("nan")], ids=repr
+)
+def test_whatever_a_metric_gives_can_be_kept(value: object, tmp_path: Path) -> None:
+    outcomes = {"t": [Outcome("t", 0, 1.0, {"odd,none": value}, "acc,none")]}
+    save_outcomes(tmp_path / "o.parquet", {"search": outcomes})
+    assert load_outcomes(tmp_path / "o.parquet")["search"]["t"][0].value == 1.0
 
 
 @pytest.mark.parametrize(
