@@ -232,6 +232,9 @@ def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
         if "tie_word_embeddings" in text_config(config):
             config = with_text_config(config, tie_word_embeddings=False)
         config["tie_word_embeddings"] = False
+    elif not model.ties_embeddings and "tie_word_embeddings" not in {**config, **text_config(config)}:
+        # Some families tie by default; here the head is a tensor of its own.
+        config["tie_word_embeddings"] = False
     n_rows = vocabulary_rows([*ends[0], *ends[1]])
     if n_rows is not None and n_rows != (model.vocabulary_size or n_rows):
         config = with_text_config(config, vocab_size=n_rows)

@@ -83,7 +83,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         self._encode_pair = cache(super()._encode_pair)
         self._tok_encode = cache(super().tok_encode)
         self._tok_batch_encode = cache(super().tok_batch_encode)
-        self._rows_asked = batch_size
+        self._rows_asked = self.batch_size if batch_size else None  # as HFLM reads it
         self._reader = TreeReader(model)
         if not shared_prefixes or self.backend != "causal" or self.mixed_precision_dtype is not None:
             self._reader.longest = 0
@@ -117,7 +117,7 @@ class ResidentLM(HFLM):  # type: ignore[misc]
         tokens are 1.6 GB where the vocabulary is 49,152.
         """
         usual = self.batch_size
-        self.batch_size_per_gpu = self._rows_asked or 1
+        self.batch_size_per_gpu = usual if self._rows_asked else 1
         try:
             with _within_memory():
                 return super().loglikelihood_rolling(requests, disable_tqdm=True)

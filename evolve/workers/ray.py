@@ -78,9 +78,7 @@ class RayPool:
         except ray.exceptions.RayActorError as error:
             raise _could_not_start(error) from error
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, SearchFileError):
-                raise error.cause from None
-            raise
+            raise _unwrapped(error) from None
         return measured
 
     def submit(self, job: Job) -> None:
@@ -106,6 +104,8 @@ class RayPool:
                 self._free.append(self._start())
                 text = f"the worker died {attempt + 1} times while evaluating this candidate"
                 return Result(job, failure=(TrialWorkerError.kind, text))
+            except ray.exceptions.RayTaskError as error:
+                raise _unwrapped(error) from None
             self._free.append(actor)
             # The job came back through another process: hand out the caller's own.
             return replace(result, job=job)
@@ -114,6 +114,11 @@ class RayPool:
         """Stop the actors, and Ray where it was started here."""
         if self._owns_ray:
             ray.shutdown()
+
+
+def _unwrapped(error: ray.exceptions.RayTaskError) -> Exception:
+    """Return the user's fault that an actor told, else the error as it is."""
+    return error.cause if isinstance(error.cause, SearchFileError) else error
 
 
 def _could_not_start(error: Exception) -> TrialWorkerError:
@@ -145,5 +150,11 @@ class _Actor:
         return self._worker.memory(references, dtype)
 
     def evaluate(self, job: Job) -> Result:
-        """Evaluate one job."""
+        """Evaluate one job.
+
+        Raises:
+            SearchFileError: the engine could not start with the user's settings.
+        """
+        if self._fault:
+            raise self._fault
         return self._worker.evaluate(job)

@@ -317,3 +317,14 @@ def test_an_unknown_option_of_the_engine_is_a_fault_and_the_weights_are_counted(
     tensors = load_file(folder / "model.safetensors").values()
     assert engine.memory_gb()["weights"] == pytest.approx(sum(t.nbytes for t in tensors) / 1e9, rel=0.01)
     assert engine.lm().batch_size == 8
+
+
+@pytest.mark.parametrize("batch_size", [3, "3", "auto:2"])
+def test_whole_texts_are_scored_whatever_way_the_batch_size_is_spelled(batch_size: int | str) -> None:
+    folder = ROOT / "configs/quickstart/models/sort"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    requests = [Request((text,)) for text in ("sort bca: abc", "sort dab: abd")]
+    expected = ResidentLM(model, tokenizer).loglikelihood_rolling(requests)
+    found = ResidentLM(model, tokenizer, batch_size=batch_size).loglikelihood_rolling(requests)
+    assert found == pytest.approx(expected, abs=1e-4)

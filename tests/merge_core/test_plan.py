@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from merge_core.errors import CheckpointError, RecipeError
 from merge_core.merge import merged_tensors
 from merge_core.methods import METHODS
 from merge_core.parameters import look_up
-from merge_core.plan import MergePlan, Sources, merged_config, plan_merge
+from merge_core.plan import MergePlan, Sources, merged_config, model_alone, plan_merge
 from merge_core.recipe import Recipe
 
 N_LAYERS = 4
@@ -495,3 +496,13 @@ def test_a_merge_by_slices_reads_what_the_plan_says(zoo):
     torch.testing.assert_close(merged["model.layers.3.mlp.weight"], average)
     torch.testing.assert_close(merged[HEAD], (a[HEAD] + b[HEAD]) / 2)
     assert torch.equal(merged[EMBEDDING], a[EMBEDDING])
+
+
+def test_a_stored_head_is_no_embedding_where_the_config_does_not_say(llamas, tmp_path):
+    """Some families tie by default: without the word the engine would be tied, and the plan not."""
+    folder = tmp_path / "silent"
+    shutil.copytree(llamas.base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert merged_config(model_alone(str(folder)), Sources())["tie_word_embeddings"] is False
