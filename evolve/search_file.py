@@ -18,7 +18,7 @@ from evolve.errors import SearchFileError
 from merge_core.errors import RecipeError, nearest, schema_faults
 from merge_core.recipe import Recipe, load_yaml
 
-SECTIONS = ("tasks", "search", "scoring")
+SECTIONS = ("tasks", "report_only", "search", "scoring")
 
 
 class _Section(BaseModel):
@@ -101,24 +101,43 @@ _EXAMPLES = {
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+class Constraint(_Section):
+    """What a candidate must keep: on `task` its score is at most `by` worse than `not_below`.
+
+    Where less is better, "below" means above.
+    """
+
+    task: str
+    """A score's key: an entry of `tasks:`."""
+    not_below: Literal["base"] | float
+    """`base`, for what the base model scores on the same documents, or a score."""
+    by: float = Field(default=0.0, ge=0)
+
+
 class SearchSettings(_Section):
     """How candidates are proposed, and how many."""
 
     sampler: Literal["auto", "cma", "tpe", "gp", "nsga2", "nsga3", "qmc", "random"] = "auto"
-    objective: Literal["weighted_sum"] = "weighted_sum"
+    objective: Literal["weighted_sum", "pareto"] = "weighted_sum"
     n_iterations: int = Field(default=100, ge=1)
     """Candidates in all, a hard limit."""
     seed: int = Field(default=0, ge=0)
     layer_granularity: int = Field(default=0, ge=0)
     """Layers a group; 0 = off."""
     racing: Literal["auto", "none"] = "auto"
-    signal: Literal["metric"] = "metric"
-    rounds: Literal[1] = 1
+    signal: Literal["metric", "likelihood", "both"] = "metric"
+    """What the sampler follows; the verdict is on the tasks' own metrics."""
+    rounds: int = Field(default=1, ge=1)
+    """Rounds of search; each next one merges the best merges of the one before as well."""
+    polish: int = Field(default=0, ge=0)
+    """Of the candidates, how many at the end are a local search around the best."""
+    seed_recipes: list[str] = Field(default_factory=list)
+    """Recipe files that are tried first, beside what is known: each model alone, the average."""
     timeout_s: float | None = Field(default=None, gt=0)
     """Stop proposing after so many seconds of this run; finished trials are kept."""
     max_failed_share: float = Field(default=0.5, gt=0, le=1)
     """Stop when more than this share of the candidates failed (after the first five)."""
-    constraints: list[Any] = Field(default_factory=list, max_length=0)
+    constraints: list[Constraint] = Field(default_factory=list)
 
 
 class ScoringSettings(_Section):
@@ -129,6 +148,8 @@ class ScoringSettings(_Section):
     """Search documents a task, drawn by seed; null = all."""
     holdout: float = Field(default=0.5, ge=0)
     """Documents a task kept for the verdict: below 1 a share, else a count."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which documents are preferred, search and holdout, where a task has them; `test`: lm-eval's own."""
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
     system_instruction: str | None = None
@@ -147,10 +168,11 @@ class ScoringSettings(_Section):
 
 class _Settings(_Section):
     tasks: list[TaskSpec] = Field(default_factory=list)
+    report_only: list[TaskSpec] = Field(default_factory=list)
     search: SearchSettings = Field(default_factory=SearchSettings)
     scoring: ScoringSettings = Field(default_factory=ScoringSettings)
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", "report_only", mode="before")
     @classmethod
     def _plain_names(cls, value: Any) -> Any:
         if value is None:
@@ -168,6 +190,8 @@ class _Settings(_Section):
 _KNOWN_KEYS = {
     "": _Settings.model_fields,
     "tasks": TaskSpec.model_fields,
+    "report_only": TaskSpec.model_fields,
+    "search.constraints": Constraint.model_fields,
     "search": SearchSettings.model_fields,
     "scoring": ScoringSettings.model_fields,
 }
@@ -179,6 +203,7 @@ class SearchFile:
     Attributes:
         template: the recipe as written, ranges included.
         tasks: TaskSpecs, in order.
+        report_only: TaskSpecs that only winner and baselines are scored on.
         search: SearchSettings.
         scoring: ScoringSettings.
         name: what the search is called: the file's stem.
@@ -206,11 +231,15 @@ class SearchFile:
             faults += schema_faults(error, _KNOWN_KEYS)
         else:
             faults += [
-                fault for i, spec in enumerate(settings.tasks) for fault in spec.faults(f"tasks[{i}]")
+                fault
+                for section in ("tasks", "report_only")
+                for i, spec in enumerate(getattr(settings, section))
+                for fault in spec.faults(f"{section}[{i}]")
             ]
         if faults:
             raise SearchFileError(faults)
         self.tasks = settings.tasks
+        self.report_only = settings.report_only
         self.search = settings.search
         self.scoring = settings.scoring
 
@@ -252,6 +281,7 @@ class SearchFile:
         return {
             **self.template,
             "tasks": [task.as_config() for task in self.tasks],
+            **({"report_only": [t.as_config() for t in self.report_only]} if self.report_only else {}),
             "search": self.search.model_dump(mode="json"),
             "scoring": self.scoring.model_dump(mode="json"),
         }
