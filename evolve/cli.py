@@ -225,15 +225,11 @@ def export(
 
 def _open(folder: Path) -> tuple[Study, Callable[[Any], Any], Verdict | None]:
     """Open a search for reading: the study, trial to recipe, and the verdict if there is one."""
-    from evolve.space import Space
     from evolve.study import Study
     from evolve.verdict import Verdict
 
     study = Study.open(folder)
-    search_file = study.search_file()
-    space = Space(
-        search_file.template, search_file.search.layer_granularity, lambda: study.note("n_layers")
-    )
+    space = study.search_file().space(lambda model: study.note("n_layers"))
     note = study.note("verdict")
     return study, lambda trial: space.recipe(trial.params), Verdict.recalled(note) if note else None
 

@@ -9,7 +9,7 @@ from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
 from evolve.samplers import resolve_sampler
 from evolve.search_file import SearchFile
-from evolve.space import Space
+from evolve.space import SearchSpace
 from evolve.tasks import TaskSet, reference_faults
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Prompting, WorkerSetup
@@ -29,7 +29,7 @@ class Plan:
     """
 
     search_file: SearchFile
-    space: Space
+    space: SearchSpace
     tasks: TaskSet
     sources: Sources
     start: Recipe
@@ -64,7 +64,7 @@ class Plan:
 
     def references(self) -> list[str]:
         """Every model that some candidate of the space may use."""
-        return _references(self.space)
+        return self.space.references()
 
     def documents(self) -> dict[str, str]:
         """Say per task how its documents were split."""
@@ -100,12 +100,8 @@ def make_plan(
     device = resolve_device(device)
     backend = resolve_backend(search_file.scoring.backend, device)
 
-    def n_layers() -> int:
-        plain = Space(search_file.template)
-        return sources.architecture(donor(plain.recipe(plain.starts()))).n_layers
-
     try:
-        space = Space(search_file.template, search_file.search.layer_granularity, n_layers)
+        space = search_file.space(lambda reference: sources.architecture(reference).n_layers)
     except CheckpointError as error:
         raise SearchFileError(error.faults) from None
     sampler, why = resolve_sampler(search_file.search.sampler, space)
@@ -147,9 +143,9 @@ def make_plan(
     return Plan(search_file, space, tasks, sources, start, setup, why)
 
 
-def _model_faults(space: Space, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:
+def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:
     faults: list[str] = []
-    references = _references(space)
+    references = space.references()
     for i, reference in enumerate(references):
         under_way(f"opening the models: {reference} ({i + 1} of {len(references)})")
         faults += sources.open_all([reference])
@@ -158,7 +154,7 @@ def _model_faults(space: Space, start: Recipe, sources: Sources, under_way: Unde
     try:
         plan_merge(start, sources)
         config = merged_config(start, sources)
-        dtypes = {_dtype(merged_config(recipe, sources)) for recipe in _corners(space)}
+        dtypes = {_dtype(merged_config(recipe, sources)) for recipe in space.examples()}
     except MergeError as error:
         return list(error.faults)
     folder = sources.architecture(donor(start)).checkpoint.folder
@@ -179,16 +175,3 @@ def _model_faults(space: Space, start: Recipe, sources: Sources, under_way: Unde
 
 def _dtype(config: dict[str, Any]) -> Any:
     return config.get("dtype") or config.get("torch_dtype")
-
-
-def _corners(space: Space) -> list[Recipe]:
-    """The recipe at the starts, and with each choice in turn."""
-    starts = space.starts()
-    corners = [starts] + [
-        {**starts, v.name: choice} for v in space.variables for choice in v.choices or ()
-    ]
-    return [space.recipe(values) for values in corners]
-
-
-def _references(space: Space) -> list[str]:
-    return list(dict.fromkeys(model for recipe in _corners(space) for model in recipe.references()))

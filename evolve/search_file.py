@@ -7,7 +7,7 @@ into variables. This module reads and validates the rest.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evolve.errors import SearchFileError
+from evolve.space import SearchSpace, Space
 from merge_core.errors import RecipeError, nearest, schema_faults
+from merge_core.plan import donor
 from merge_core.recipe import Recipe, load_yaml
 
 SECTIONS = ("tasks", "report_only", "search", "scoring")
@@ -275,6 +277,22 @@ class SearchFile:
         for section, options in (("search", search), ("scoring", scoring)):
             data[section] |= {k: v for k, v in (options or {}).items() if v is not None}
         return SearchFile(data, self.name)
+
+    def space(self, n_layers: Callable[[str], int]) -> SearchSpace:
+        """Return the space that the file spans.
+
+        Args:
+            n_layers: gives a model's number of layers; called only where groups of layers are wanted.
+
+        Raises:
+            SearchFileError: with every fault of the ranges and of the recipes they span.
+        """
+
+        def of_the_merge() -> int:
+            plain = Space(self.template)
+            return n_layers(donor(plain.recipe(plain.starts())))
+
+        return Space(self.template, self.search.layer_granularity, of_the_merge)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole file as plain data, defaults spelled out."""

@@ -7,6 +7,7 @@ names in the storage.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -104,8 +105,49 @@ class _Slot:
         yield from zip(self.names, settings, strict=True)
 
 
-class Space:
-    """The decision variables of a search file.
+class SearchSpace(ABC):
+    """What a search goes over: variables, and the recipe that their values make.
+
+    Attributes:
+        variables: in the order that samplers see them.
+    """
+
+    def __init__(self) -> None:
+        self.variables: list[Variable] = []
+
+    @abstractmethod
+    def recipe(self, values: Mapping[str, Value]) -> Recipe:
+        """Return the recipe that the values of all variables make.
+
+        Raises:
+            RecipeError: the values make no valid recipe.
+        """
+
+    @abstractmethod
+    def values(self, recipe: Recipe) -> dict[str, Value]:
+        """Return values that make this recipe: the inverse of `recipe`."""
+
+    def starts(self) -> dict[str, Value]:
+        """Return the values at which the search begins."""
+        return {variable.name: variable.start for variable in self.variables}
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return Optuna's description of every variable, by name."""
+        return {variable.name: variable.distribution() for variable in self.variables}
+
+    def examples(self) -> list[Recipe]:
+        """Return recipes that name all that any candidate may: at the starts, and with each choice."""
+        starts = self.starts()
+        choices = [{**starts, v.name: choice} for v in self.variables for choice in v.choices or ()]
+        return [self.recipe(values) for values in (starts, *choices)]
+
+    def references(self) -> list[str]:
+        """List the models that some candidate may use, each once."""
+        return list(dict.fromkeys(model for recipe in self.examples() for model in recipe.references()))
+
+
+class Space(SearchSpace):
+    """The ranges of a search file.
 
     Args:
         template: recipe with ranges.
@@ -122,7 +164,7 @@ class Space:
         layer_granularity: int = 0,
         n_layers: Callable[[], int] | None = None,
     ) -> None:
-        self.variables: list[Variable] = []
+        super().__init__()
         self._faults: list[str] = []
         self._group: tuple[int, int] | None = None
         if layer_granularity and n_layers:
@@ -244,10 +286,6 @@ class Space:
                 faults.update(dict.fromkeys(error.faults))
         return list(faults)
 
-    def starts(self) -> dict[str, Value]:
-        """Return the values at which the search begins."""
-        return {variable.name: variable.start for variable in self.variables}
-
     def recipe(self, values: Mapping[str, Value]) -> Recipe:
         """Return the recipe with every range replaced by its value.
 
@@ -263,10 +301,6 @@ class Space:
     def values(self, recipe: Recipe) -> dict[str, Value]:
         """Return the values that make this recipe: the inverse of `recipe`."""
         return dict(_read(self._filled, recipe.model_dump(mode="json")))
-
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Return Optuna's description of every variable, by name."""
-        return {variable.name: variable.distribution() for variable in self.variables}
 
 
 def _fill(node: Any, values: Mapping[str, Value]) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from evolve.search_file import SearchFile
-from evolve.space import Space
 from merge_core.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +122,7 @@ def test_every_example_is_a_good_search_file_or_recipe(path: Path) -> None:
     if not file.tasks:
         Recipe.load(path)
         return
-    space = Space(file.template, file.search.layer_granularity, lambda: 12)
+    space = file.space(lambda model: 12)
     assert space.values(space.recipe(space.starts())) == space.starts()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from evolve.space import Space, Value
+from evolve.space import SearchSpace, Value
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -45,7 +45,7 @@ def derived_rng(seed: int, *parts: int) -> np.random.RandomState:
     return np.random.RandomState(sequence.generate_state(8))
 
 
-def resolve_sampler(name: str, space: Space) -> tuple[str, str]:
+def resolve_sampler(name: str, space: SearchSpace) -> tuple[str, str]:
     """Choose the sampler for `auto`.
 
     Returns:
@@ -61,7 +61,7 @@ def resolve_sampler(name: str, space: Space) -> tuple[str, str]:
     return "cma", f"{len(space.variables)} numeric variables"
 
 
-def make_sampler(name: str, space: Space, seed: int) -> Sampler:
+def make_sampler(name: str, space: SearchSpace, seed: int) -> Sampler:
     """Build a sampler by its resolved name."""
     if name == "cma":
         from evolve.samplers.cma import CmaSampler

@@ -16,7 +16,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from evolve.samplers import Proposal, derived_rng
-from evolve.space import Space
+from evolve.space import SearchSpace
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # pycma misses matplotlib, which only its plots need
@@ -49,7 +49,7 @@ class CmaSampler:
         popsize: candidates a generation, 4 + floor(3 ln n), as in the tutorial.
     """
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def __init__(self, space: SearchSpace, seed: int) -> None:
         self._space = space
         self._normal = _Normal(seed)
         n = len(space.variables)

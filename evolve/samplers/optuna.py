@@ -18,7 +18,7 @@ from optuna.samplers import (
 from optuna.trial import FrozenTrial
 
 from evolve.samplers import Proposal, derived_rng
-from evolve.space import Space
+from evolve.space import SearchSpace
 
 _BUILDERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(seed=seed),
@@ -43,7 +43,7 @@ class OptunaSampler:
     copies of all trials so far, pending ones included.
     """
 
-    def __init__(self, name: str, space: Space, seed: int) -> None:
+    def __init__(self, name: str, space: SearchSpace, seed: int) -> None:
         self._name = name
         self._distributions = space.distributions()
         self._seed = seed

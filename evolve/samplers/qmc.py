@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from optuna.trial import FrozenTrial
 
 from evolve.samplers import Proposal
-from evolve.space import Space
+from evolve.space import SearchSpace
 
 
 class QmcSampler:
     """Trial i is the i-th point of the sequence in the unit cube (Owen scrambling, by SciPy)."""
 
-    def __init__(self, space: Space, seed: int) -> None:
+    def __init__(self, space: SearchSpace, seed: int) -> None:
         self._space = space
         self._seed = seed
 
