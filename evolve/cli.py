@@ -208,7 +208,7 @@ def export(
         study.name,
         number,
         study.search_file().search.seed,
-        trials[number].user_attrs["scores"],
+        study.scores(trials[number]),
         {name: vars(interval) for name, interval in holdout.items()},
         study.note("documents"),
     )

@@ -28,7 +28,7 @@ def write_best(study: Study, plan: Plan, best: FrozenTrial, verdict: Verdict | N
         study.name,
         best.number,
         plan.search_file.search.seed,
-        best.user_attrs["scores"],
+        study.scores(best),
         {task: asdict(interval) for task, interval in verdict.holdout.items()} if verdict else {},
         plan.documents(),
     )

@@ -1,19 +1,19 @@
 """The end of a search: baselines and winner on the holdout, the noise floor, the verdict.
 
-What is scored here is no trial. Its outcomes are kept in the folder, so that a run that was
-interrupted scores only what is missing.
+What is scored here is no trial; see `evolve.kept`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from evolve.errors import SearchStoppedError, TrialError
+from evolve.errors import SearchStoppedError
 from evolve.export import write_best
+from evolve.kept import kept_outcomes
 from evolve.noise import Noise, measured
 from evolve.plan import Plan
-from evolve.study import Study, load_outcomes, save_outcomes
+from evolve.study import Study, load_outcomes
 from evolve.tasks import SPLITS, Outcomes, Split
 from evolve.verdict import Verdict, baseline_jobs, conclude
 from evolve.workers import Pool
@@ -30,13 +30,13 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
     baselines = {
         job.name: outcomes
         for i, job in enumerate(jobs)
-        if (outcomes := _kept_outcomes(study, plan, pool, job, f"baseline-{i}", scored))
+        if (outcomes := kept_outcomes(study, plan, pool, job, f"baseline-{i}", scored))
     }
     recipe = plan.space.recipe(best.params)
-    winner: dict[Split, Outcomes] | None = load_outcomes(study.outcomes_path(f"trial-{best.number}"))
+    winner: dict[Split, Outcomes] | None = load_outcomes(study.search_outcomes_path(best.number))
     job = Job(str(best.number), "winner", recipe, splits[-1:], (plan.setup.prompting,))
     if "holdout" in splits:
-        winner = _kept_outcomes(study, plan, pool, job, f"holdout-{best.number}", scored)
+        winner = kept_outcomes(study, plan, pool, job, f"holdout-{best.number}", scored)
     if winner is None:
         _, kind, text = study.note(f"holdout-{best.number} failed")
         raise SearchStoppedError(
@@ -73,35 +73,8 @@ def _noise(
     for name, in_reverse in (("again", False), ("reordered", True)):
         job = replace(winner, kind="noise", in_reverse=in_reverse)
         file = f"noise-{winner.name}-{name}"
-        outcomes = _kept_outcomes(study, plan, pool, job, file, scored)
+        outcomes = kept_outcomes(study, plan, pool, job, file, scored)
         if outcomes is None:
             return None
         repetitions[name] = outcomes[split]
     return measured(plan.tasks, split, recorded, repetitions)
-
-
-def _kept_outcomes(
-    study: Study, plan: Plan, pool: Pool, job: Job, file: str, scored: Callable[[], None]
-) -> dict[Split, Outcomes] | None:
-    """Score a recipe outside the trials, or recall it; None where it cannot be scored.
-
-    Of several promptings the one with the better objective on the last split counts.
-    """
-    path = study.outcomes_path(file)
-    if not path.exists():
-        pool.submit(job)
-        result = pool.wait()
-        if result.failure:
-            study.keep_note(f"{file} failed", [job.name, *result.failure])
-            return None
-
-        def objective(by_split: Mapping[Split, Outcomes]) -> float:
-            return plan.tasks.objective(plan.tasks.scores(by_split[job.splits[-1]]))
-
-        try:
-            save_outcomes(path, max(result.outcomes.values(), key=objective))
-        except TrialError as error:
-            study.keep_note(f"{file} failed", [job.name, error.kind, str(error)])
-            return None
-        scored()
-    return load_outcomes(path)

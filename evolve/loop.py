@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evolve.errors import SearchStoppedError, TrialError
 from evolve.export import write_best
+from evolve.finals import are_needed, finals
 from evolve.judge import judge, kept_verdict
 from evolve.memory import refuse_too_large
 from evolve.plan import Plan, make_plan
@@ -77,7 +78,7 @@ def run(
         folder: the storage path, by default NAME-search; made, or resumed where it holds this search.
         storage: URL of another storage than folder/study.db.
         progress: called with "starting" (before there is a study), "started", "answered" (nothing of
-            the result is recorded yet), "told", "baseline" and "verdict".
+            the result is recorded yet), "told", "final", "baseline" and "verdict".
         under_way: told what is being done before there is a study: downloads, data sets.
 
     Raises:
@@ -117,6 +118,8 @@ def run(
 
             show("started")
             search(study, plan, pool, show)
+            if are_needed(plan):
+                finals(study, plan, pool, lambda: show("final"))
             verdict = judge(study, plan, pool, lambda: show("baseline"))
             show("verdict")
     finally:
@@ -151,7 +154,8 @@ def search(study: Study, plan: Plan, pool: Pool, show: Callable[[str], None]) ->
                 study.fail(number, "recipe", str(error), Seconds())
                 _stop_if_hopeless(study, settings.max_failed_share)
                 continue
-            pool.submit(Job(str(number), "trial", recipe, ("search",), (plan.setup.prompting,)))
+            prompting, signal = plan.setup.prompting, settings.signal
+            pool.submit(Job(str(number), "trial", recipe, ("search",), (prompting,), signal=signal))
             pending += 1
         if not pending:
             return
@@ -164,18 +168,18 @@ def search(study: Study, plan: Plan, pool: Pool, show: Callable[[str], None]) ->
 
 
 def record(study: Study, plan: Plan, result: Result) -> None:
-    """Tell a trial's result: COMPLETE with its scores, or FAILED with kind and text."""
+    """Tell a trial's result: COMPLETE with what the sampler follows, or FAILED with kind and text."""
     number = int(result.job.name)
     if result.failure:
         study.fail(number, *result.failure, result.seconds)
         return
     outcomes = result.outcomes[plan.setup.prompting]["search"]
     try:
-        scores = plan.tasks.scores(outcomes)
+        scores = plan.followed.scores(outcomes)
     except TrialError as error:  # a function of the user's own may fail now and then
         study.fail(number, error.kind, str(error), result.seconds)
         return
-    study.complete(number, plan.tasks.objective(scores), scores, outcomes, result.seconds)
+    study.complete(number, plan.followed.objective(scores), scores, outcomes, result.seconds)
     best = study.best()
     if best is not None and best.number == number:
         write_best(study, plan, best)

@@ -47,6 +47,7 @@ class Plan:
             "scoring": settings["scoring"],
             "seed": self.search_file.search.seed,
             "objective": self.search_file.search.objective,
+            "signal": self.search_file.search.signal,
             "layer_granularity": self.search_file.search.layer_granularity,
             "sampler": self.search_file.search.sampler,
             "checkpoints": {
@@ -56,6 +57,11 @@ class Plan:
             # Texts, and the files of functions: what they hold is part of the scores.
             **({"files": files} if files else {}),
         }
+
+    @property
+    def followed(self) -> TaskSet:
+        """What the sampler sees: the tasks by `search.signal`."""
+        return self.tasks.following(self.search_file.search.signal)
 
     @property
     def n_layers(self) -> int:
@@ -118,6 +124,7 @@ def make_plan(
                 search_file.search.seed,
                 allow_unsafe_code=allow_unsafe_code,
             )
+            tasks.following(search_file.search.signal)
     except SearchFileError as error:
         faults += error.faults
     if tasks is not None and not faults:
@@ -139,6 +146,7 @@ def make_plan(
         seed=search_file.search.seed,
         prompting=Prompting(reference, search_file.scoring.apply_chat_template),
         allow_unsafe_code=allow_unsafe_code,
+        signal=search_file.search.signal,
     )
     return Plan(search_file, space, tasks, sources, start, setup, why)
 

@@ -74,6 +74,8 @@ class ProgressLine:
                 self._status.start()
         elif event == "told":
             self._told(done, plan)
+        elif event == "final":
+            self._show("scoring the best candidates by the tasks' own metrics", is_due=False)
         elif event == "baseline":
             self._show("scoring baselines and winner on the holdout", is_due=not self._scores_baselines)
             self._scores_baselines = True

@@ -43,12 +43,12 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         if best is None
         else {
             "number": best.number,
-            "objective": best.value,
-            "scores": best.user_attrs["scores"],
+            "objective": study.objective(best),
+            "scores": study.scores(best),
             "holdout": _intervals_json(verdict.holdout) if verdict and is_current else {},
             "recipe": recipe.as_config() if recipe else None,
         },
-        "pareto": [] if best is None else [{"number": best.number, "scores": best.user_attrs["scores"]}],
+        "pareto": [] if best is None else [{"number": best.number, "scores": study.scores(best)}],
         "baselines": [
             {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
             for b in (verdict.baselines if verdict else [])
@@ -87,7 +87,8 @@ def print_result(data: dict[str, Any], folder: str) -> None:
     if best is None:
         console.print("no candidate completed", markup=False)
         return
-    tasks = list(best["scores"])
+    # A candidate that was scored by another signal, so far, has no scores by metric.
+    tasks = list(dict.fromkeys(key for b in (*data["baselines"], best) for key in b["scores"]))
     where = "holdout documents, with 95% intervals" if best["holdout"] else "search documents"
     # Above the table, not in it: there it would be folded to the table's width.
     console.print(f"{data['study']}: scores on {where}", soft_wrap=True)
@@ -98,7 +99,7 @@ def print_result(data: dict[str, Any], folder: str) -> None:
     rows = [(b["name"], b["holdout"] or b["scores"]) for b in data["baselines"]]
     rows.append((f"best (trial {best['number']})", best["holdout"] or best["scores"]))
     for name, scores in rows:
-        table.add_row(name, *(_cell(scores[task]) for task in tasks))
+        table.add_row(name, *(_cell(scores[task]) if task in scores else "" for task in tasks))
     console.print(table)
     states = data["states"]
     console.print(

@@ -20,6 +20,7 @@ from merge_core.errors import RecipeError, nearest, schema_faults
 from merge_core.plan import donor
 from merge_core.recipe import Recipe, load_yaml
 
+Signal = Literal["metric", "likelihood", "both"]
 SECTIONS = ("tasks", "report_only", "search", "scoring")
 
 
@@ -127,7 +128,7 @@ class SearchSettings(_Section):
     layer_granularity: int = Field(default=0, ge=0)
     """Layers a group; 0 = off."""
     racing: Literal["auto", "none"] = "auto"
-    signal: Literal["metric", "likelihood", "both"] = "metric"
+    signal: Signal = "metric"
     """What the sampler follows; the verdict is on the tasks' own metrics."""
     rounds: int = Field(default=1, ge=1)
     """Rounds of search; each next one merges the best merges of the one before as well."""

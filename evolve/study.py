@@ -10,8 +10,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ from merge_core.checkpoint.write import write_text
 from merge_core.recipe import load_yaml
 
 _FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate that was scored by the tasks' own metrics where the sampler followed another signal.
+
+    Attributes:
+        number: its trial.
+        objective: by the metrics.
+        scores: by the keys of `tasks:`.
+    """
+
+    number: int
+    objective: float
+    scores: dict[str, float]
 
 
 class Study:
@@ -226,10 +242,49 @@ class Study:
         values = None if value is None else [value]
         self._storage.set_trial_state_values(trial_id, state, values)
 
-    def best(self) -> FrozenTrial | None:
-        """The completed trial with the highest objective; of equals the first."""
+    def ranked(self) -> list[FrozenTrial]:
+        """The completed trials, those first that the sampler found best; of equals the first told."""
         complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
-        return max(complete, key=lambda trial: (trial.value, -trial.number), default=None)
+        return sorted(complete, key=lambda trial: (-_value(trial), trial.number))
+
+    def best(self) -> FrozenTrial | None:
+        """The winner of the finals of all finished trials; where there were none, the first ranked."""
+        finals = self.note("finals")
+        if finals and finals["finished"] == len(self.finished()) and finals["finalists"]:
+            winner: int = finals["finalists"][0]["number"]
+            return self.trials()[winner]
+        return next(iter(self.ranked()), None)
+
+    # ---- finals -------------------------------------------------------------------------------
+
+    def keep_finals(self, finalists: Sequence[Finalist]) -> None:
+        """Keep what the finalists scored, the winner first; a finished trial takes no attributes."""
+        kept = [asdict(finalist) for finalist in finalists]
+        self.keep_note("finals", {"finished": len(self.finished()), "finalists": kept})
+
+    def finalists(self) -> dict[int, Finalist]:
+        """The finalists by trial, the winner first; empty where no finals were held."""
+        kept = (self.note("finals") or {}).get("finalists", [])
+        return {data["number"]: Finalist(**data) for data in kept}
+
+    def scores(self, trial: FrozenTrial) -> dict[str, float]:
+        """A completed trial's scores on the search documents by the tasks' metrics, where known.
+
+        Else what the sampler saw of it: keys that end in ":likelihood" say so.
+        """
+        finalist = self.finalists().get(trial.number)
+        scores: dict[str, float] = finalist.scores if finalist else trial.user_attrs["scores"]
+        return scores
+
+    def objective(self, trial: FrozenTrial) -> float:
+        """A completed trial's objective, by the same scores as `scores`."""
+        finalist = self.finalists().get(trial.number)
+        return finalist.objective if finalist else _value(trial)
+
+    def search_outcomes_path(self, number: int) -> Path:
+        """Where a trial's outcomes on the search documents are kept: those of the finals if any."""
+        final = self.outcomes_path(f"final-{number}")
+        return final if final.exists() else self.outcomes_path(f"trial-{number}")
 
     # ---- notes and outcomes -------------------------------------------------------------------
 
@@ -245,6 +300,11 @@ class Study:
     def outcomes_path(self, name: str) -> Path:
         """Where the outcomes of a trial or baseline are kept."""
         return self.folder / "outcomes" / f"{name}.parquet"
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None  # it is complete
+    return trial.value
 
 
 def _open_storage(folder: Path, url: str | None) -> BaseStorage:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from evolve.errors import TrialEngineError, TrialTaskError
+from evolve.search_file import Signal
 from evolve.tasks.divergence import Divergence, References
 from evolve.tasks.draw import SPLITS, Leaf, Split
+from evolve.tasks.likelihood import Likelihood, Targets, likelihood_outcomes, list_targets
 from evolve.tasks.measures import FunctionScore, OutputTokens
-from evolve.tasks.outcome import AnsweredDocument, Outcomes
+from evolve.tasks.outcome import AnsweredDocument, Outcome, Outcomes
 from evolve.tasks.requests import Asked, Prompts, RequestList, n_characters
+from evolve.tasks.scored import ScoredTask
 from evolve.tasks.task_set import TaskSet
 
 if TYPE_CHECKING:
@@ -20,17 +23,41 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 
+@dataclass(frozen=True)
+class _Lists:
+    """What is sent for one split and signal.
+
+    Attributes:
+        leaves: by name, those whose documents are scored.
+        own: their documents' own requests.
+        others: requests for references, sent apart from them and after them, so that the tasks' own
+            meet the same others in a batch whatever the signal.
+        targets: the references of each document, in either list.
+    """
+
+    leaves: Mapping[str, Leaf]
+    own: RequestList
+    others: RequestList
+    targets: Targets
+
+
+def _asked_leaves(tasks: Iterable[ScoredTask]) -> dict[str, Leaf]:
+    """The leaves, by name, whose documents' own requests are to be answered."""
+    return {leaf.name: leaf for task in tasks if task.is_asked for leaf in task.leaves}
+
+
 @dataclass
 class RequestBank:
     """Every request of a task set under one way of prompting, built once.
 
-    Requests of the first split are built at once, those of another when it is first answered.
+    Requests of the first split and its signal are built at once, others when they are first answered.
 
     Args:
         tasks: the task set.
         lm: gives chat template and tokenizer, and answers.
         apply_chat_template: wrap prompts in the tokenizer's chat template.
         splits: which documents' requests are wanted.
+        signal: what is wanted of the first split.
 
     Raises:
         SearchFileError: a prompt cannot be built.
@@ -40,32 +67,45 @@ class RequestBank:
     lm: LM
     apply_chat_template: bool
     splits: tuple[Split, ...] = SPLITS
-    _lists: dict[Split, RequestList] = field(init=False, repr=False)
+    signal: Signal = "metric"
+    _built: dict[Split, dict[tuple[str, int], list[Instance]]] = field(init=False, repr=False)
+    _lists: dict[tuple[Split, Signal], _Lists] = field(init=False, repr=False)
     _references: References = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._built = {}
         self._lists = {}
         divergences = [task for task in self.tasks.tasks if isinstance(task, Divergence)]
         self._references = References(divergences, self.lm, self.splits)
-        self._leaves: dict[str, Leaf] = {
-            leaf.name: leaf for task in self.tasks.tasks if task.is_asked for leaf in task.leaves
-        }
         self._counts_tokens = any(
             isinstance(task, OutputTokens | FunctionScore) for task in self.tasks.tasks
         )
-        self._list(self.splits[0])
+        self._list(self.splits[0], self.signal)
 
-    def _list(self, split: Split) -> RequestList:
-        if split not in self._lists:
+    def _instances(self, split: Split) -> dict[tuple[str, int], list[Instance]]:
+        """Build the requests of a split's documents, or recall them."""
+        if split not in self._built:
             prompts = Prompts(self.lm, self.apply_chat_template, self.tasks.scoring.system_instruction)
-            self._lists[split] = RequestList(
-                {
-                    (leaf.name, number): instances
-                    for leaf in self._leaves.values()
-                    for number, instances in prompts.build(leaf, leaf.documents[split]).items()
-                }
+            self._built[split] = {
+                (leaf.name, number): instances
+                for leaf in _asked_leaves(self.tasks.tasks).values()
+                for number, instances in prompts.build(leaf, leaf.documents[split]).items()
+            }
+        return self._built[split]
+
+    def _list(self, split: Split, signal: Signal) -> _Lists:
+        """List what is sent for a signal, or recall it."""
+        if (split, signal) not in self._lists:
+            followed = self.tasks.following(signal).tasks
+            leaves = _asked_leaves(followed)
+            built = self._instances(split)
+            own = RequestList({place: its for place, its in built.items() if place[0] in leaves})
+            likelihoods = [task for task in followed if isinstance(task, Likelihood)]
+            others, targets = list_targets(
+                likelihoods, split, built, own, self.lm, self.apply_chat_template
             )
-        return self._lists[split]
+            self._lists[split, signal] = _Lists(leaves, own, others, targets)
+        return self._lists[split, signal]
 
     # ---- references -----------------------------------------------------------------------------
 
@@ -84,41 +124,46 @@ class RequestBank:
 
     # ---- answers --------------------------------------------------------------------------------
 
-    def answer(self, split: Split, *, in_reverse: bool = False) -> Outcomes:
+    def answer(self, split: Split, signal: Signal = "metric", *, in_reverse: bool = False) -> Outcomes:
         """Have the model answer every request of a split and score each document.
 
         Args:
+            signal: what is wanted; with "likelihood" nothing is generated for tasks with references.
             in_reverse: send the same requests in another order and in two halves, so that each
                 meets others in its batch: what changes then is the engine's noise.
 
         Returns:
-            Per task key the outcomes in document order.
+            Per key of the entries that follow the signal the outcomes in document order.
 
         Raises:
             TrialTaskError: a filter, metric or objective fails.
             TrialEngineError: the engine cannot answer.
         """
-        requests = self._list(split)
+        lists = self._list(split, signal)
         replies: dict[int, list[Any]] = {}
         seconds: dict[int, float] = {}
-        for kind, asked in requests.asked.items():
-            halves = [asked]
-            if in_reverse:
-                middle = len(asked) // 2
-                halves = [half[::-1] for half in (asked[middle:], asked[:middle]) if half]
-            for half in halves:
-                self._send(kind, half, replies, seconds)
+        for requests in (lists.own, lists.others):
+            for kind, asked in requests.asked.items():
+                halves = [asked]
+                if in_reverse:
+                    middle = len(asked) // 2
+                    halves = [half[::-1] for half in (asked[middle:], asked[:middle]) if half]
+                for half in halves:
+                    self._send(kind, half, replies, seconds)
         answered = {
             place: document
-            for leaf in self._leaves.values()
-            for place, document in self._score(leaf, split, requests, replies, seconds).items()
+            for leaf in lists.leaves.values()
+            for place, document in self._score(leaf, split, lists.own, replies, seconds).items()
         }
-        return {
-            task.key: self._references.outcomes(task, split)
-            if isinstance(task, Divergence)
-            else task.outcomes(split, answered)
-            for task in self.tasks.tasks
-        }
+
+        def outcomes(task: ScoredTask) -> list[Outcome]:
+            if isinstance(task, Likelihood):
+                return likelihood_outcomes(task, split, lists.targets, replies)
+            if isinstance(task, Divergence):
+                return self._references.outcomes(task, split)
+            return task.outcomes(split, answered)
+
+        return {task.key: outcomes(task) for task in self.tasks.following(signal).tasks}
 
     def _send(
         self,

@@ -98,10 +98,11 @@ def _takes_the_first(task: Any) -> bool:
     """Tell whether a task's examples are the first ones for every document."""
     from lm_eval.api.samplers import FirstNSampler
 
-    return _builds_as_usual(task) and type(getattr(task, "sampler", None)) is FirstNSampler
+    return builds_as_usual(task) and type(getattr(task, "sampler", None)) is FirstNSampler
 
 
-def _builds_as_usual(task: Any) -> bool:
+def builds_as_usual(task: Any) -> bool:
+    """Tell whether a task joins prompts, examples and answers as its file says, by no code of its own."""
     from lm_eval.api.task import ConfigurableTask
 
     return getattr(type(task), "fewshot_context", None) is ConfigurableTask.fewshot_context
@@ -114,7 +115,7 @@ def _draws_between(task: Any, n_shots: int) -> bool | None:
         Whether the document itself takes part (it is never its own example); None where a task
         draws in a way of its own, and the prompt must be built.
     """
-    if not _builds_as_usual(task):
+    if not builds_as_usual(task):
         return None
     return bool(task.fewshot_cfg.split == task.config.test_split)
 

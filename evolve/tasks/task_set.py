@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from evolve.errors import SearchFileError
-from evolve.search_file import ScoringSettings, TaskSpec
+from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks.divergence import Divergence, make_divergence
 from evolve.tasks.draw import Leaf, draw
+from evolve.tasks.likelihood import Likelihood, likelihood_of, why_none
 from evolve.tasks.load import Loaded, load_tasks, task_fingerprint
 from evolve.tasks.measures import function_file, measure
 from evolve.tasks.outcome import Outcomes
@@ -48,6 +51,7 @@ class TaskSet:
         self.scoring = scoring
         self.seed = seed
         self._specs = tuple(specs)
+        self._following: dict[Signal, TaskSet] = {}
         faults = [fault for i, spec in enumerate(specs) for fault in spec.faults(f"tasks[{i}]")]
         if faults:
             raise SearchFileError(faults)
@@ -124,6 +128,42 @@ class TaskSet:
             if spec.kind == "function" and (file := function_file(spec.name)):
                 files[spec.name] = fingerprint(file)
         return files
+
+    @cached_property
+    def likelihoods(self) -> dict[str, Likelihood]:
+        """The likelihoods of the entries that have reference answers, by the entries' keys.
+
+        Raises:
+            SearchFileError: a reference cannot be read, or no entry has any.
+        """
+        found = {task.key: likelihood_of(task) for task in self.tasks}
+        if not any(found.values()):
+            why = "; ".join(f"{task.key} {why_none(task)}" for task in self.tasks)
+            raise SearchFileError(
+                f"search.signal asks for the likelihood of reference answers, and no entry of tasks has "
+                f"any: {why}; set it to metric"
+            )
+        return {key: likelihood for key, likelihood in found.items() if likelihood is not None}
+
+    def following(self, signal: Signal) -> TaskSet:
+        """Return what a sampler sees that follows a signal, as a task set.
+
+        `likelihood` puts an entry's likelihood in its place, and leaves entries without references
+        as they are; `both` adds the likelihoods, so that the objective is the sum of the weighted
+        metrics and the weighted likelihoods.
+
+        Raises:
+            SearchFileError: see `likelihoods`.
+        """
+        if signal == "metric":
+            return self
+        if signal not in self._following:
+            followed = copy.copy(self)
+            followed.tasks = [self.likelihoods.get(task.key, task) for task in self.tasks]
+            if signal == "both":
+                followed.tasks = [*self.tasks, *self.likelihoods.values()]
+            self._following[signal] = followed
+        return self._following[signal]
 
     def scores(self, outcomes: Outcomes) -> dict[str, float]:
         """Return each task's score over the given outcomes."""

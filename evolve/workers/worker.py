@@ -11,7 +11,7 @@ from typing import Literal
 from evolve.engines import Engine, EngineSettings, start_engine
 from evolve.errors import TrialEngineError, TrialError, boundary
 from evolve.memory import Memory, measure
-from evolve.search_file import ScoringSettings, TaskSpec
+from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
 from merge_core.checkpoint.locate import locate
 from merge_core.plan import Sources, model_alone
@@ -37,14 +37,16 @@ class Job:
         splits: on which documents.
         promptings: each is scored by itself; weights are loaded once.
         in_reverse: whether the requests are sent in another order.
+        signal: what the documents are scored by.
     """
 
     name: str
-    kind: Literal["trial", "baseline", "winner", "noise"]
+    kind: Literal["trial", "final", "baseline", "winner", "noise"]
     recipe: Recipe
     splits: tuple[Split, ...]
     promptings: tuple[Prompting, ...]
     in_reverse: bool = False
+    signal: Signal = "metric"
 
 
 @dataclass
@@ -78,6 +80,7 @@ class WorkerSetup:
         engine: how to start it.
         tasks, scoring, seed: give the same TaskSet, and so the same documents, everywhere.
         prompting: the merge's own; its requests are built at the start.
+        signal: what the sampler follows.
     """
 
     backend: str
@@ -87,6 +90,7 @@ class WorkerSetup:
     seed: int
     prompting: Prompting
     allow_unsafe_code: bool = False
+    signal: Signal = "metric"
 
 
 class Worker:
@@ -115,7 +119,7 @@ class Worker:
     def _bank(self, prompting: Prompting) -> RequestBank:
         if prompting not in self._banks:
             lm = self.engine.lm(Path(locate(prompting.tokenizer)))
-            bank = RequestBank(self.tasks, lm, prompting.apply_chat_template)
+            bank = RequestBank(self.tasks, lm, prompting.apply_chat_template, signal=self.setup.signal)
             for reference in bank.needs_references():
                 self._hold(reference)
                 bank.learn_reference(reference)
@@ -151,12 +155,13 @@ class Worker:
             for prompting, bank in banks.items():
                 with boundary(TrialEngineError, "answering the requests"):
                     result.outcomes[prompting] = {
-                        split: bank.answer(split, in_reverse=job.in_reverse) for split in job.splits
+                        split: bank.answer(split, job.signal, in_reverse=job.in_reverse)
+                        for split in job.splits
                     }
             seconds.score = time.perf_counter() - began
             for by_split in result.outcomes.values():
                 for outcomes in by_split.values():
-                    self.tasks.scores(outcomes)
+                    self.tasks.following(job.signal).scores(outcomes)
         except TrialError as error:
             result.outcomes = {}
             result.failure = (error.kind, str(error))

@@ -210,7 +210,7 @@ def run_case(folder: str, lm_name: str, names: list[str], scoring: dict[str, Any
                 [leaf.name.rpartition("/")[2], number, [list(i.args) for i in requests]]
                 for leaf in task.leaves
                 for number, requests in (
-                    (n, bank._list("search").by_document[leaf.name, n]) for n in leaf.documents["search"]
+                    (n, bank._instances("search")[leaf.name, n]) for n in leaf.documents["search"]
                 )
             ),
         }

@@ -168,7 +168,7 @@ def test_few_shot_prompts_do_not_depend_on_limits(folder: str, name: str) -> Non
         found = {}
         for split in ("search", "holdout"):
             bank.answer(split)
-            for place, requests in bank._list(split).by_document.items():
+            for place, requests in bank._instances(split).items():
                 found[place] = [request.args for request in requests]
         return found
 

@@ -1,0 +1,84 @@
+"""The finals: of candidates ranked by a signal, the best are scored by the tasks' own metrics.
+
+What a sampler follows ranks candidates; what they are worth to the user the metric says. The
+finalists are scored on all search documents, and the best of them by metric is the winner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from evolve.errors import SearchStoppedError
+from evolve.kept import kept_outcomes
+from evolve.plan import Plan
+from evolve.study import Finalist, Study
+from evolve.workers import Pool
+from evolve.workers.worker import Job
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+# How many: a twentieth of the candidates, and no fewer than three.
+SHARE = 0.05
+FEWEST = 3
+
+
+def are_needed(plan: Plan) -> bool:
+    """Tell whether the sampler follows something else than the metrics."""
+    return plan.search_file.search.signal != "metric"
+
+
+def n_finalists(plan: Plan) -> int:
+    """Count the candidates that reach the finals."""
+    return max(FEWEST, math.ceil(SHARE * plan.search_file.search.n_iterations))
+
+
+def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> None:
+    """Score the best candidates by the tasks' metrics, and keep their order.
+
+    They are taken in the order of what the sampler saw; one that cannot be scored makes way for the
+    next. Candidates that are equal by metric keep that order.
+
+    Args:
+        scored: called for each candidate that had to be scored.
+
+    Raises:
+        SearchStoppedError: none of them can be scored.
+    """
+    n = n_finalists(plan)
+    finalists: list[Finalist] = []
+    ranked = study.ranked()
+    for trial in ranked[: 2 * n]:
+        scores = _known_scores(plan, trial) or _scored(study, plan, pool, trial, scored)
+        if scores is not None:
+            finalists.append(Finalist(trial.number, plan.tasks.objective(scores), scores))
+        if len(finalists) == n:
+            break
+    if ranked and not finalists:
+        _, kind, text = study.note(f"final-{ranked[0].number} failed")
+        raise SearchStoppedError(
+            f"no candidate could be scored by the tasks' own metrics ({kind}: {text}); correct the "
+            f"task, or run the same command again to try once more"
+        )
+    study.keep_finals(sorted(finalists, key=lambda finalist: -finalist.objective))
+
+
+def _known_scores(plan: Plan, trial: FrozenTrial) -> dict[str, float] | None:
+    """Return a candidate's scores where the search took them all, on all its documents."""
+    scores = trial.user_attrs["scores"]
+    keys = [task.key for task in plan.tasks.tasks]
+    if trial.user_attrs["documents"] < plan.tasks.n_documents or not scores.keys() >= set(keys):
+        return None
+    return {key: scores[key] for key in keys}
+
+
+def _scored(
+    study: Study, plan: Plan, pool: Pool, trial: FrozenTrial, scored: Callable[[], None]
+) -> dict[str, float] | None:
+    """Score a candidate, or recall its scores; None where it cannot be scored."""
+    recipe = plan.space.recipe(trial.params)
+    job = Job(str(trial.number), "final", recipe, ("search",), (plan.setup.prompting,))
+    outcomes = kept_outcomes(study, plan, pool, job, f"final-{trial.number}", scored)
+    return None if outcomes is None else plan.tasks.scores(outcomes["search"])

@@ -1,0 +1,46 @@
+"""Recipes that are scored outside the trials: once, with their outcomes kept in the folder.
+
+So a run that was interrupted at its end scores only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from evolve.errors import TrialError
+from evolve.plan import Plan
+from evolve.study import Study, load_outcomes, save_outcomes
+from evolve.tasks import Outcomes, Split
+from evolve.workers import Pool
+from evolve.workers.worker import Job
+
+
+def kept_outcomes(
+    study: Study, plan: Plan, pool: Pool, job: Job, file: str, scored: Callable[[], None]
+) -> dict[Split, Outcomes] | None:
+    """Score a recipe, or recall its outcomes; None where it cannot be scored, and a note says why.
+
+    Of several promptings the one with the better objective on the last split counts.
+
+    Args:
+        file: names the outcomes, and "FILE failed" the note: [job's name, kind, text].
+        scored: called where something was scored.
+    """
+    path = study.outcomes_path(file)
+    if not path.exists():
+        pool.submit(job)
+        result = pool.wait()
+        if result.failure:
+            study.keep_note(f"{file} failed", [job.name, *result.failure])
+            return None
+
+        def objective(by_split: Mapping[Split, Outcomes]) -> float:
+            return plan.tasks.objective(plan.tasks.scores(by_split[job.splits[-1]]))
+
+        try:
+            save_outcomes(path, max(result.outcomes.values(), key=objective))
+        except TrialError as error:
+            study.keep_note(f"{file} failed", [job.name, error.kind, str(error)])
+            return None
+        scored()
+    return load_outcomes(path)
