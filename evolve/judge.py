@@ -26,7 +26,7 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
     if best is None:
         return None
     splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
-    jobs = [replace(job, splits=splits) for job in baseline_jobs(plan.start, plan.setup.prompting)]
+    jobs = _baseline_jobs(plan)
     baselines = {
         job.name: outcomes
         for i, job in enumerate(jobs)
@@ -51,6 +51,33 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
     write_best(study, plan, best, verdict)
     study.keep_note("verdict", {**asdict(verdict), "finished": len(study.finished())})
     return verdict
+
+
+def base_scores(
+    study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]
+) -> dict[str, float] | None:
+    """Score the base model on the search documents, where a constraint refers to it.
+
+    It is the first of the baselines: the verdict recalls what is scored here.
+
+    Raises:
+        SearchStoppedError: it cannot be scored.
+    """
+    if not plan.objectives.needs_base:
+        return None
+    outcomes = kept_outcomes(study, plan, pool, _baseline_jobs(plan)[0], "baseline-0", scored)
+    if outcomes is None:
+        name, kind, text = study.note("baseline-0 failed")
+        raise SearchStoppedError(
+            f"search.constraints refer to the base model {name}, which could not be scored ({kind}: "
+            f"{text}); write a score in place of `not_below: base`"
+        )
+    return plan.tasks.scores(outcomes["search"])
+
+
+def _baseline_jobs(plan: Plan) -> list[Job]:
+    splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
+    return [replace(job, splits=splits) for job in baseline_jobs(plan.start, plan.setup.prompting)]
 
 
 def kept_verdict(study: Study, plan: Plan) -> Verdict | None:

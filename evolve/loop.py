@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
 from evolve.errors import SearchStoppedError, TrialError
-from evolve.export import write_best
+from evolve.export import keep_current
 from evolve.finals import are_needed, finals
-from evolve.judge import judge, kept_verdict
+from evolve.judge import base_scores, judge, kept_verdict
 from evolve.memory import refuse_too_large
 from evolve.plan import Plan, make_plan
 from evolve.samplers import Proposal, make_sampler
@@ -77,8 +77,9 @@ def run(
         search_file: what to search.
         folder: the storage path, by default NAME-search; made, or resumed where it holds this search.
         storage: URL of another storage than folder/study.db.
-        progress: called with "starting" (before there is a study), "started", "answered" (nothing of
-            the result is recorded yet), "told", "final", "baseline" and "verdict".
+        progress: called with "starting" (before there is a study), "started", "base" (scored, where a
+            constraint refers to it), "answered" (nothing of the result is recorded yet), "told",
+            "final", "baseline" and "verdict".
         under_way: told what is being done before there is a study: downloads, data sets.
 
     Raises:
@@ -95,8 +96,13 @@ def run(
         allow_unsafe_code=allow_unsafe_code,
         under_way=under_way,
     )
+
+    def open_study() -> Study:
+        identity, n_values = plan.identity(), len(plan.objectives.names)
+        return Study.create_or_resume(folder, storage, plan.search_file, identity, n_values)
+
     if Study.is_in(folder):
-        study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
+        study = open_study()
         if (kept := kept_verdict(study, plan)) is not None:
             return _result(study, plan, kept, was_complete=True)
     # A new search writes nothing before its engine is up.
@@ -104,7 +110,7 @@ def run(
     pool = start_pool(plan, workers or Workers())
     try:
         memory = pool.memory(plan.references(), plan.start.dtype)
-        study = Study.create_or_resume(folder, storage, plan.search_file, plan.identity())
+        study = open_study()
         with study.locked():
             study.keep_note("documents", plan.documents())
             study.keep_note("n_layers", plan.n_layers)
@@ -117,7 +123,8 @@ def run(
                 progress(event, study, plan)
 
             show("started")
-            search(study, plan, pool, show)
+            base = base_scores(study, plan, pool, lambda: show("base"))
+            search(study, plan, pool, show, base)
             if are_needed(plan):
                 finals(study, plan, pool, lambda: show("final"))
             verdict = judge(study, plan, pool, lambda: show("baseline"))
@@ -128,10 +135,21 @@ def run(
     return _result(study, plan, verdict, was_complete=False)
 
 
-def search(study: Study, plan: Plan, pool: Pool, show: Callable[[str], None]) -> None:
-    """Propose and evaluate candidates until `n_iterations` are finished or time is up."""
+def search(
+    study: Study,
+    plan: Plan,
+    pool: Pool,
+    show: Callable[[str], None],
+    base: Mapping[str, float] | None = None,
+) -> None:
+    """Propose and evaluate candidates until `n_iterations` are finished or time is up.
+
+    Args:
+        base: the base model's scores, where a constraint refers to them.
+    """
     settings = plan.search_file.search
-    sampler = make_sampler(settings.sampler, plan.space, settings.seed)
+    sampler = make_sampler(settings.sampler, plan.space, settings.seed, len(plan.objectives.names))
+    keep_current(study, plan)
     deadline = time.monotonic() + (settings.timeout_s or float("inf"))
     interrupted = [t for t in study.trials()[: settings.n_iterations] if t.state == TrialState.RUNNING]
     pending = 0
@@ -161,13 +179,13 @@ def search(study: Study, plan: Plan, pool: Pool, show: Callable[[str], None]) ->
             return
         result = pool.wait()
         show("answered")
-        record(study, plan, result)
+        record(study, plan, result, base)
         pending -= 1
         show("told")
         _stop_if_hopeless(study, settings.max_failed_share)
 
 
-def record(study: Study, plan: Plan, result: Result) -> None:
+def record(study: Study, plan: Plan, result: Result, base: Mapping[str, float] | None = None) -> None:
     """Tell a trial's result: COMPLETE with what the sampler follows, or FAILED with kind and text."""
     number = int(result.job.name)
     if result.failure:
@@ -179,10 +197,8 @@ def record(study: Study, plan: Plan, result: Result) -> None:
     except TrialError as error:  # a function of the user's own may fail now and then
         study.fail(number, error.kind, str(error), result.seconds)
         return
-    study.complete(number, plan.followed.objective(scores), scores, outcomes, result.seconds)
-    best = study.best()
-    if best is not None and best.number == number:
-        write_best(study, plan, best)
+    study.complete(number, plan.objectives.rate(scores, base), scores, outcomes, result.seconds)
+    keep_current(study, plan)
 
 
 def _stop_if_hopeless(study: Study, max_failed_share: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
+from evolve.objectives import Objectives, constraint_faults
 from evolve.samplers import resolve_sampler
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace
@@ -48,6 +49,7 @@ class Plan:
             "seed": self.search_file.search.seed,
             "objective": self.search_file.search.objective,
             "signal": self.search_file.search.signal,
+            "constraints": settings["search"]["constraints"],
             "layer_granularity": self.search_file.search.layer_granularity,
             "sampler": self.search_file.search.sampler,
             "checkpoints": {
@@ -60,8 +62,13 @@ class Plan:
 
     @property
     def followed(self) -> TaskSet:
-        """What the sampler sees: the tasks by `search.signal`."""
+        """What is scored of a candidate: the tasks by `search.signal`."""
         return self.tasks.following(self.search_file.search.signal)
+
+    @property
+    def objectives(self) -> Objectives:
+        """What the sampler sees of a candidate."""
+        return Objectives(self.tasks, self.search_file.search)
 
     @property
     def n_layers(self) -> int:
@@ -110,7 +117,8 @@ def make_plan(
         space = search_file.space(lambda reference: sources.architecture(reference).n_layers)
     except CheckpointError as error:
         raise SearchFileError(error.faults) from None
-    sampler, why = resolve_sampler(search_file.search.sampler, space)
+    n_objectives = len(search_file.tasks) if search_file.search.objective == "pareto" else 1
+    sampler, why = resolve_sampler(search_file.search.sampler, space, n_objectives)
     search_file = search_file.changed(search={"sampler": sampler}, scoring={"backend": backend})
     start = space.recipe(space.starts())
     faults = _model_faults(space, start, sources, under_way)
@@ -127,6 +135,8 @@ def make_plan(
             tasks.following(search_file.search.signal)
     except SearchFileError as error:
         faults += error.faults
+    if tasks is not None and not faults:  # a signal at fault is told above
+        faults += constraint_faults(search_file.search, tasks, start.base_model)
     if tasks is not None and not faults:
         faults += reference_faults(tasks.tasks, start, sources)
     if faults or tasks is None:

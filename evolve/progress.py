@@ -12,7 +12,7 @@ from rich.console import Console
 
 from evolve.memory import Memory
 from evolve.plan import Plan
-from evolve.study import Study
+from evolve.study import Study, total_violation
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -72,8 +72,10 @@ class ProgressLine:
                 self._say(f"resuming after {self._n_before} finished candidates")
             if self._status:
                 self._status.start()
-        elif event == "told":
-            self._told(done, plan)
+        elif event == "base":
+            self._say("scored the base model, which constraints refer to")
+        elif event == "told" and study:
+            self._told(study, done, plan)
         elif event == "final":
             self._show("scoring the best candidates by the tasks' own metrics", is_due=False)
         elif event == "baseline":
@@ -82,14 +84,13 @@ class ProgressLine:
         elif event == "verdict" and self._status:
             self._status.stop()
 
-    def _told(self, done: list[FrozenTrial], plan: Plan) -> None:
+    def _told(self, study: Study, done: list[FrozenTrial], plan: Plan) -> None:
         n = plan.search_file.search.n_iterations
-        values = [trial.value for trial in done if trial.value is not None]
         latest = max(done, key=lambda trial: int(trial.user_attrs.get("told", -1)))
         last = latest.user_attrs.get("seconds", {})
         each = (time.monotonic() - self._began) / max(1, len(done) - self._n_before)
         self._show(
-            f"{len(done)}/{n} candidates, best {max(values, default=float('nan')):.4f}; last: "
+            f"{len(done)}/{n} candidates, {_found(study, plan)}; last: "
             f"merge {last.get('merge', 0):.2f} s, load {last.get('load', 0):.2f} s, "
             f"score {last.get('score', 0):.2f} s; {each * (n - len(done)):.0f} s left",
             is_due=len(done) == n or time.monotonic() - self._last_line > LINE_EVERY_S,
@@ -118,3 +119,16 @@ class ProgressLine:
         self._notice.cancel()
         if self._status:
             self._status.stop()
+
+
+def _found(study: Study, plan: Plan) -> str:
+    """Say what the best is so far: its objective, or under `pareto` how large the front and the knee."""
+    best = study.best()
+    if best is None:
+        return "none complete"
+    if violation := total_violation(best):
+        return f"none meets the constraints, the nearest violates them by {violation:.4f}"
+    if len(plan.objectives.names) == 1:
+        return f"best {best.values[0]:.4f}"
+    scores = ", ".join(f"{task} {score:.4f}" for task, score in study.scores(best).items())
+    return f"{len(study.front())} on the front, its knee {scores}"

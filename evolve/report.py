@@ -48,7 +48,7 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             "holdout": _intervals_json(verdict.holdout) if verdict and is_current else {},
             "recipe": recipe.as_config() if recipe else None,
         },
-        "pareto": [] if best is None else [{"number": best.number, "scores": study.scores(best)}],
+        "pareto": [{"number": t.number, "scores": study.scores(t)} for t in study.front()],
         "baselines": [
             {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
             for b in (verdict.baselines if verdict else [])

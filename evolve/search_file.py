@@ -116,6 +116,9 @@ class Constraint(_Section):
     """`base`, for what the base model scores on the same documents, or a score."""
     by: float = Field(default=0.0, ge=0)
 
+    def __str__(self) -> str:
+        return f"{self.task} not below {self.not_below}" + (f" by {self.by:g}" if self.by else "")
+
 
 class SearchSettings(_Section):
     """How candidates are proposed, and how many."""

@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, RDBStorage
@@ -26,6 +27,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from evolve.errors import ResumeRefusedError, SearchFileError, StorageError
+from evolve.front import front, ranking
+from evolve.objectives import Rating
 from evolve.samplers import Proposal
 from evolve.search_file import SearchFile
 from evolve.tasks import SPLITS, Outcome, Outcomes, Split, as_json, n_documents
@@ -44,11 +47,13 @@ class Finalist:
         number: its trial.
         objective: by the metrics.
         scores: by the keys of `tasks:`.
+        values: what the sampler would have maximised, had it followed the metrics.
     """
 
     number: int
     objective: float
     scores: dict[str, float]
+    values: list[float]
 
 
 class Study:
@@ -69,13 +74,19 @@ class Study:
 
     @classmethod
     def create_or_resume(
-        cls, folder: Path, url: str | None, search_file: SearchFile, identity: Mapping[str, Any]
+        cls,
+        folder: Path,
+        url: str | None,
+        search_file: SearchFile,
+        identity: Mapping[str, Any],
+        n_values: int = 1,
     ) -> Study:
         """Open the study in `folder`, or make it.
 
         Args:
             url: storage other than folder/study.db, such as PostgreSQL.
             identity: what makes two searches the same one, by topic; JSON.
+            n_values: how many values a trial has; all are maximised.
 
         Raises:
             ResumeRefusedError: the storage holds another search.
@@ -92,7 +103,7 @@ class Study:
         storage = _open_storage(folder, url)
         study_id = _find_study(storage, name)
         if study_id is None:
-            study_id = storage.create_new_study([StudyDirection.MAXIMIZE], name)
+            study_id = storage.create_new_study([StudyDirection.MAXIMIZE] * n_values, name)
         # Also where a run was killed between making the study and saying what it is.
         if "identity" not in storage.get_study_user_attrs(study_id):
             storage.set_study_user_attr(study_id, "identity", json.dumps(identity))
@@ -212,19 +223,26 @@ class Study:
     def complete(
         self,
         number: int,
-        objective: float,
+        rating: Rating,
         scores: Mapping[str, float],
         outcomes: Outcomes,
         seconds: Seconds,
     ) -> None:
         """Tell a trial: outcomes to disk first, then scores, then the state."""
         save_outcomes(self.outcomes_path(f"trial-{number}"), {"search": outcomes})
-        self._tell(
-            number,
-            TrialState.COMPLETE,
-            {"scores": dict(scores), "seconds": vars(seconds), "documents": n_documents(outcomes)},
-            objective,
-        )
+        attributes = {
+            "scores": dict(scores),
+            "objective": rating.objective,
+            "seconds": vars(seconds),
+            "documents": n_documents(outcomes),
+        }
+        if rating.violations:
+            attributes["violations"] = rating.violations
+            trial_id = self.trials()[number]._trial_id
+            for name, violation in rating.violations.items():
+                # What `Trial.set_constraint` keeps, which is for trials that Optuna evaluates.
+                self._storage.set_trial_system_attr(trial_id, f"constraints:{name}", violation)
+        self._tell(number, TrialState.COMPLETE, attributes, rating.values)
 
     def fail(self, number: int, kind: str, text: str, seconds: Seconds) -> None:
         """Tell a trial as failed, with the boundary it failed at and why."""
@@ -232,28 +250,43 @@ class Study:
         self._tell(number, TrialState.FAIL, attributes, None)
 
     def _tell(
-        self, number: int, state: TrialState, attributes: Mapping[str, Any], value: float | None
+        self,
+        number: int,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        values: Sequence[float] | None,
     ) -> None:
         trials = self.trials()
         trial_id = trials[number]._trial_id
         told = sum(trial.state in _FINISHED for trial in trials)
         for key, attribute in {**attributes, "told": told}.items():
             self._storage.set_trial_user_attr(trial_id, key, attribute)
-        values = None if value is None else [value]
         self._storage.set_trial_state_values(trial_id, state, values)
 
     def ranked(self) -> list[FrozenTrial]:
-        """The completed trials, those first that the sampler found best; of equals the first told."""
+        """The completed trials by what the sampler saw, the best first; see `evolve.front.ranking`."""
         complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
-        return sorted(complete, key=lambda trial: (-_value(trial), trial.number))
+        values = np.array([trial.values for trial in complete])
+        return [complete[i] for i in ranking(values, [total_violation(t) for t in complete])]
 
     def best(self) -> FrozenTrial | None:
         """The winner of the finals of all finished trials; where there were none, the first ranked."""
-        finals = self.note("finals")
-        if finals and finals["finished"] == len(self.finished()) and finals["finalists"]:
-            winner: int = finals["finalists"][0]["number"]
-            return self.trials()[winner]
+        finalists = self._current_finalists()
+        if finalists:
+            return self.trials()[finalists[0].number]
         return next(iter(self.ranked()), None)
+
+    def front(self) -> list[FrozenTrial]:
+        """The Pareto front by number, by the finals' metrics where held; see `evolve.front.front`."""
+        finalists = self._current_finalists()
+        if finalists:
+            trials = [self.trials()[finalist.number] for finalist in finalists]
+            values = np.array([finalist.values for finalist in finalists])
+        else:
+            trials = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
+            values = np.array([trial.values for trial in trials])
+        members = [trials[i] for i in front(values, [total_violation(trial) for trial in trials])]
+        return sorted(members, key=lambda trial: trial.number)
 
     # ---- finals -------------------------------------------------------------------------------
 
@@ -267,6 +300,12 @@ class Study:
         kept = (self.note("finals") or {}).get("finalists", [])
         return {data["number"]: Finalist(**data) for data in kept}
 
+    def _current_finalists(self) -> list[Finalist]:
+        """The finalists, the winner first; empty where trials have finished since."""
+        finals = self.note("finals")
+        is_current = finals and finals["finished"] == len(self.finished())
+        return list(self.finalists().values()) if is_current else []
+
     def scores(self, trial: FrozenTrial) -> dict[str, float]:
         """A completed trial's scores on the search documents by the tasks' metrics, where known.
 
@@ -279,7 +318,7 @@ class Study:
     def objective(self, trial: FrozenTrial) -> float:
         """A completed trial's objective, by the same scores as `scores`."""
         finalist = self.finalists().get(trial.number)
-        return finalist.objective if finalist else _value(trial)
+        return finalist.objective if finalist else float(trial.user_attrs["objective"])
 
     def search_outcomes_path(self, number: int) -> Path:
         """Where a trial's outcomes on the search documents are kept: those of the finals if any."""
@@ -302,9 +341,9 @@ class Study:
         return self.folder / "outcomes" / f"{name}.parquet"
 
 
-def _value(trial: FrozenTrial) -> float:
-    assert trial.value is not None  # it is complete
-    return trial.value
+def total_violation(trial: FrozenTrial) -> float:
+    """By how much a trial violates the constraints in all; 0 where it meets them."""
+    return sum(max(0.0, violation) for violation in trial.constraints.values())
 
 
 def _open_storage(folder: Path, url: str | None) -> BaseStorage:

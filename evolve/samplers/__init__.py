@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from evolve.errors import SearchFileError
 from evolve.space import SearchSpace, Value
 
 if TYPE_CHECKING:
@@ -45,14 +46,24 @@ def derived_rng(seed: int, *parts: int) -> np.random.RandomState:
     return np.random.RandomState(sequence.generate_state(8))
 
 
-def resolve_sampler(name: str, space: SearchSpace) -> tuple[str, str]:
+def resolve_sampler(name: str, space: SearchSpace, n_objectives: int = 1) -> tuple[str, str]:
     """Choose the sampler for `auto`.
 
     Returns:
         Name, and why in one clause.
+
+    Raises:
+        SearchFileError: the sampler cannot have so many objectives.
     """
+    if name == "cma" and n_objectives > 1:
+        raise SearchFileError(
+            f"search.sampler is cma, which has one objective, and search.objective pareto has "
+            f"{n_objectives} here; use nsga2, tpe or gp"
+        )
     if name != "auto":
         return name, "as asked"
+    if n_objectives > 1:
+        return "nsga2", f"{n_objectives} objectives"
     categories = [v.name for v in space.variables if v.choices is not None]
     if len(space.variables) < 2:
         return "tpe", "one variable"
@@ -61,7 +72,7 @@ def resolve_sampler(name: str, space: SearchSpace) -> tuple[str, str]:
     return "cma", f"{len(space.variables)} numeric variables"
 
 
-def make_sampler(name: str, space: SearchSpace, seed: int) -> Sampler:
+def make_sampler(name: str, space: SearchSpace, seed: int, n_objectives: int = 1) -> Sampler:
     """Build a sampler by its resolved name."""
     if name == "cma":
         from evolve.samplers.cma import CmaSampler
@@ -73,4 +84,4 @@ def make_sampler(name: str, space: SearchSpace, seed: int) -> Sampler:
         return QmcSampler(space, seed)
     from evolve.samplers.optuna import OptunaSampler
 
-    return OptunaSampler(name, space, seed)
+    return OptunaSampler(name, space, seed, n_objectives)

@@ -15,6 +15,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from evolve.samplers import Proposal, derived_rng
@@ -43,8 +44,9 @@ class OptunaSampler:
     copies of all trials so far, pending ones included.
     """
 
-    def __init__(self, name: str, space: SearchSpace, seed: int) -> None:
+    def __init__(self, name: str, space: SearchSpace, seed: int, n_objectives: int = 1) -> None:
         self._name = name
+        self._directions = [StudyDirection.MAXIMIZE] * n_objectives
         self._distributions = space.distributions()
         self._seed = seed
 
@@ -62,7 +64,7 @@ class OptunaSampler:
         seed = int(derived_rng(self._seed, number, attempt).randint(2**31 - 1))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(direction="maximize", sampler=_BUILDERS[self._name](seed))
+            study = optuna.create_study(directions=self._directions, sampler=_BUILDERS[self._name](seed))
             study.add_trials([self._as_optuna_has_it(trial) for trial in trials])
             trial = study.ask(self._distributions)
         key = _GENERATION.get(self._name)

@@ -1,0 +1,146 @@
+"""Which candidates are best: Pareto fronts, their hypervolume and knee. Values are maximised.
+
+Candidates that meet every constraint stand before those that do not, which are ordered by their
+total violation (Deb 2000, https://doi.org/10.1016/S0045-7825(99)00389-8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# The reference point is fixed by so many trials, which hold the known recipes and a first look around.
+N_FIRST = 10
+
+
+def ranking(values: np.ndarray, violations: Sequence[float]) -> list[int]:
+    """Return the indices of candidates, the best first; of equals the first.
+
+    With one value the highest leads; with several the front's knee, then the front, then the rest.
+
+    Args:
+        values: shape (candidates, objectives).
+        violations: the total of each; 0 where every constraint is met.
+    """
+    members = front(values, violations)
+    if not len(values) or values.shape[1] == 1:
+        return sorted(range(len(values)), key=lambda i: (violations[i], -values[i, 0], i))
+    middle = members[knee(values[members])] if members else None
+    return sorted(range(len(values)), key=lambda i: (violations[i], i != middle, i not in members, i))
+
+
+def front(values: np.ndarray, violations: Sequence[float]) -> list[int]:
+    """Return the indices of the candidates that meet every constraint and that no such one dominates.
+
+    With one value that is the best alone, of equals the first. See `ranking`.
+    """
+    feasible = np.flatnonzero(np.asarray(violations) == 0)
+    if not len(feasible):
+        return []
+    if values.shape[1] == 1:
+        return [int(feasible[values[feasible, 0].argmax()])]
+    return [int(i) for i in feasible[non_dominated(values[feasible])]]
+
+
+def non_dominated(values: np.ndarray) -> np.ndarray:
+    """Tell which points no other dominates; equal points do not dominate one another.
+
+    Args:
+        values: shape (points, objectives).
+
+    Returns:
+        Shape (points,), bool.
+    """
+    at_least = (values[:, None] >= values[None]).all(axis=2)
+    better = (values[:, None] > values[None]).any(axis=2)
+    is_dominated = np.asarray((at_least & better).any(axis=0))
+    return ~is_dominated
+
+
+def reference_point(values: np.ndarray) -> np.ndarray:
+    """Return the point that the hypervolume is measured from; shape (objectives,).
+
+    Each objective's worst among the first N_FIRST points, less a tenth of its range there, so that
+    the extremes of a front count (Ishibuchi et al. 2018, https://doi.org/10.1162/evco_a_00226). Once
+    so many are told it stays, so that the hypervolume of a study only grows.
+
+    Args:
+        values: in the order in which they were told; shape (points, objectives), at least one.
+    """
+    first = values[:N_FIRST]
+    worst = first.min(axis=0)
+    reference: np.ndarray = worst - 0.1 * (first.max(axis=0) - worst)
+    return reference
+
+
+def hypervolume(values: np.ndarray, reference: np.ndarray) -> float:
+    """Return the volume of what the points dominate, down to the reference; exact.
+
+    Each point adds what it dominates beyond the points after it (While, Bradstreet and Barone 2012,
+    https://doi.org/10.1109/TEVC.2010.2077298).
+
+    Args:
+        values: shape (points, objectives); what is not better than the reference in all adds nothing.
+        reference: shape (objectives,).
+    """
+    sides = values - reference
+    sides = np.unique(sides[(sides > 0).all(axis=1)], axis=0)
+    return _volume(sides[non_dominated(sides)])
+
+
+def _volume(sides: np.ndarray) -> float:
+    """Return the volume of a union of boxes that share the corner 0, none inside another."""
+    if len(sides) < 2:
+        return float(sides.prod(axis=1).sum())
+    sides = sides[np.argsort(sides[:, 0])]
+    if sides.shape[1] == 2:  # a staircase: widths grow, heights shrink
+        widths = np.diff(sides[:, 0], prepend=0.0)
+        return float(widths @ sides[:, 1])
+    return sum(_added(side, sides[i + 1 :]) for i, side in enumerate(sides))
+
+
+def _added(side: np.ndarray, others: np.ndarray) -> float:
+    """Return what one box adds to the union of others."""
+    shared = np.unique(np.minimum(others, side), axis=0)
+    return float(side.prod()) - _volume(shared[non_dominated(shared)])
+
+
+def hypervolume_over_time(values: np.ndarray, reference: np.ndarray) -> list[float]:
+    """Return the hypervolume after each point; it never falls.
+
+    Args:
+        values: in the order in which they were told; shape (points, objectives).
+        reference: shape (objectives,).
+    """
+    volumes: list[float] = []
+    volume, front = 0.0, np.zeros((0, values.shape[1]))
+    for side in np.asarray(values, float) - reference:
+        if (side > 0).all() and not (front >= side).all(axis=1).any():
+            volume += _added(side, front)
+            front = np.vstack([front[~(side >= front).all(axis=1)], side])
+        volumes.append(volume)
+    return volumes
+
+
+def knee(front: np.ndarray) -> int:
+    """Return the index of the point where giving up any objective pays least; of equals the first.
+
+    With every objective normalised to [0, 1] over the front, it is the point furthest above the
+    hyperplane through the unit points, which for two objectives is the line through the front's
+    extremes (Das 1999, https://doi.org/10.1007/BF01195985). Where none lies above it, the front has
+    no knee: then it is the point whose worst objective is best.
+
+    Args:
+        front: shape (points, objectives), none dominated, at least one.
+    """
+    worst, best = front.min(axis=0), front.max(axis=0)
+    varies = best > worst
+    if not varies.any():
+        return 0
+    share = (front[:, varies] - worst[varies]) / (best - worst)[varies]
+    # To nine digits: rounding is no reason to prefer one of equals.
+    above = np.round(share.sum(axis=1) - 1, 9)
+    if above.max() > 0:
+        return int(above.argmax())
+    return int(np.round(share.min(axis=1), 9).argmax())
