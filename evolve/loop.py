@@ -163,7 +163,7 @@ def search(
                 # The starts come first: they are the recipe a user would have guessed.
                 proposal = sampler.propose(number, trials) if number else Proposal(plan.space.starts())
                 values = proposal.values
-                study.begin(number, proposal, plan.space.distributions())
+                study.begin(number, proposal, plan.space)
             else:
                 break
             try:

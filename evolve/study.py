@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -31,6 +30,7 @@ from evolve.front import front, ranking
 from evolve.objectives import Rating
 from evolve.samplers import Proposal
 from evolve.search_file import SearchFile
+from evolve.space import SearchSpace
 from evolve.tasks import SPLITS, Outcome, Outcomes, Split, as_json, n_documents
 from evolve.workers.worker import Seconds
 from merge_core.checkpoint.write import write_text
@@ -189,18 +189,18 @@ class Study:
         """The trials that were told, by number."""
         return [trial for trial in self.trials() if trial.state in _FINISHED]
 
-    def begin(
-        self, number: int, proposal: Proposal, distributions: Mapping[str, BaseDistribution]
-    ) -> None:
-        """Create trial `number` as RUNNING, with its parameters, in one call."""
+    def begin(self, number: int, proposal: Proposal, space: SearchSpace) -> None:
+        """Create trial `number` as RUNNING, with its active parameters, in one call."""
+        params = space.active(proposal.values)
+        distributions = space.distributions()
         template = FrozenTrial(
             number=-1,
             state=TrialState.RUNNING,
             value=None,
             datetime_start=datetime.now(),
             datetime_complete=None,
-            params=dict(proposal.values),
-            distributions=dict(distributions),
+            params=params,
+            distributions={name: distributions[name] for name in params},
             user_attrs={**proposal.attributes, "attempts": 1},
             system_attrs={},
             intermediate_values={},

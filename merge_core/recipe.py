@@ -26,14 +26,22 @@ from merge_core.parts import Part, parts_of
 from merge_core.recipe_check import Findings, check_recipe
 from merge_core.recipe_yaml import dump_yaml, load_yaml
 
-__all__ = ["ModelEntry", "ModuleEntry", "Recipe", "SliceEntry", "SourceEntry", "load_yaml"]
+__all__ = [
+    "ModelEntry",
+    "ModuleEntry",
+    "Recipe",
+    "SliceEntry",
+    "SourceEntry",
+    "load_yaml",
+    "reference_text",
+]
 
 # Keys of mergekit that choose another tokenizer or template than the base's.
 _NOT_YET = ("tokenizer", "chat_template")
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
-def _reference(value: Any) -> Any:
+def reference_text(value: Any) -> Any:
     """Spell {model: {path, revision}, lora: {path, revision}} as `path@revision+path@revision`."""
     if not isinstance(value, Mapping):
         return value
@@ -57,7 +65,7 @@ def _spelled(part: Any) -> str:
     return path if revision is None else f"{path}@{revision}"
 
 
-Reference = Annotated[str, BeforeValidator(_reference)]
+Reference = Annotated[str, BeforeValidator(reference_text)]
 Parameters = Annotated[
     dict[str, Any], BeforeValidator(lambda value: {} if value is None else plain_numbers(value))
 ]

@@ -17,7 +17,7 @@ ADDRESSES = {
     "optuna": (
         "evolve/samplers/",
         "evolve/study.py",
-        "evolve/space.py",
+        "evolve/space/",
         "evolve/loop.py",
         "evolve/report.py",
     ),
