@@ -178,6 +178,9 @@ def print_check(plan: Plan, memory: Memory) -> None:
         console.print(f"{task}: {split}", markup=False)
     console.print(str(memory), markup=False, soft_wrap=True)
     settings = plan.search_file.search
+    if settings.signal != "metric":
+        followed = ", ".join(task.key for task in plan.followed.tasks)
+        console.print(f"signal {settings.signal}: the sampler follows {followed}", soft_wrap=True)
     console.print(
         f"sampler {settings.sampler} ({plan.why_sampler}), {settings.n_iterations} candidates, engine "
         f"{plan.setup.backend} on {plan.setup.engine.device}; the search can begin",
