@@ -43,7 +43,8 @@ def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> 
     """Score the best candidates by the tasks' metrics, and keep their order.
 
     They are taken in the order of what the sampler saw; one that cannot be scored makes way for the
-    next. Candidates that are equal by metric keep that order.
+    next. Candidates that are equal by metric keep that order. Where they were scored before, and no
+    trial has finished since, nothing is done.
 
     Args:
         scored: called for each candidate that had to be scored.
@@ -51,6 +52,8 @@ def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> 
     Raises:
         SearchStoppedError: none of them can be scored.
     """
+    if study.has_finals:
+        return
     # Of a front every member: the sampler finds none better than another.
     n = max(n_finalists(plan), len(study.front()))
     by_metric = Objectives(plan.tasks, plan.search_file.search, "metric")

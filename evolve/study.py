@@ -264,16 +264,20 @@ class Study:
         self._storage.set_trial_state_values(trial_id, state, values)
 
     def ranked(self) -> list[FrozenTrial]:
-        """The completed trials by what the sampler saw, the best first; see `evolve.front.ranking`."""
-        complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
+        """The completed trials, the best first: the finalists by metric, others by what the sampler saw.
+
+        See `evolve.front.ranking`. Finals count until a further trial has finished.
+        """
+        trials = self.trials()
+        finalists = [finalist.number for finalist in self._current_finalists()]
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
         values = np.array([trial.values for trial in complete])
-        return [complete[i] for i in ranking(values, [total_violation(t) for t in complete])]
+        order = ranking(values, [total_violation(trial) for trial in complete])
+        others = [complete[i] for i in order if complete[i].number not in finalists]
+        return [*(trials[number] for number in finalists), *others]
 
     def best(self) -> FrozenTrial | None:
-        """The winner of the finals of all finished trials; where there were none, the first ranked."""
-        finalists = self._current_finalists()
-        if finalists:
-            return self.trials()[finalists[0].number]
+        """The first of `ranked`."""
         return next(iter(self.ranked()), None)
 
     def front(self) -> list[FrozenTrial]:
@@ -289,6 +293,11 @@ class Study:
         return sorted(members, key=lambda trial: trial.number)
 
     # ---- finals -------------------------------------------------------------------------------
+
+    @property
+    def has_finals(self) -> bool:
+        """Whether the best of all finished trials were scored by the tasks' own metrics."""
+        return bool(self._current_finalists())
 
     def keep_finals(self, finalists: Sequence[Finalist]) -> None:
         """Keep what the finalists scored, the winner first; a finished trial takes no attributes."""

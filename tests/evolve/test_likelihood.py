@@ -356,6 +356,8 @@ def test_the_winner_is_the_best_finalist_by_metric(finished: StudyResult) -> Non
     assert list(data["scores"]) == NAMES
     assert data["objective"] == pytest.approx(sum(data["scores"].values()))
     assert list(data["holdout"]) == NAMES
+    others = [trial.number for trial in by_signal if trial.number not in study.finalists()]
+    assert [trial.number for trial in study.ranked()] == [*study.finalists(), *others]
     for finalist in finalists:
         outcomes = load_outcomes(study.outcomes_path(f"final-{finalist.number}"))["search"]
         assert {k: sum(o.value for o in v) / 10 for k, v in outcomes.items()} == finalist.scores
