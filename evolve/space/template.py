@@ -108,7 +108,8 @@ class Space(SearchSpace):
 
     @cached_property
     def _examples(self) -> list[Recipe]:
-        return list(dict.fromkeys(self.recipe(values) for values in self._corners))
+        recipes = (self.recipe(values) for values in self._corners)
+        return list({recipe.to_yaml(): recipe for recipe in recipes}.values())
 
     def _recipe_faults(self) -> list[str]:
         """Check the starts, and each choice and layer bound in turn, at all lows and all highs.
