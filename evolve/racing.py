@@ -1,0 +1,243 @@
+"""Racing: which documents a candidate is asked, and what a part of the documents says of all.
+
+A candidate is first asked a block of documents, a few of each score. The candidates of one
+generation are asked the same ones, those of the next others, so that a search does not learn one
+block by heart. In the middle of its block a candidate is dropped if a paired test says that it is
+worse than the best of its generation. What the sampler sees are estimates of the scores over all
+documents; their standard errors are recorded beside them.
+
+At the end the elite runs the finals: rounds in which ever fewer candidates are asked ever more
+documents, the same for all. Who is left is scored on every document. (Sequential halving: Karnin,
+Koren and Somekh 2013, Almost Optimal Exploration in Multi-Armed Bandits. Blocks and paired tests:
+Birattari et al. 2002, A Racing Algorithm for Configuring Metaheuristics.)
+
+Estimates. y[c, d], the outcome of candidate c on document d, is taken as a[c] + b[d]: how good the
+candidate is over all documents, and how much better than on all of them candidates do on d. b is
+learned from the candidates told so far and shrunk towards 0; thus a candidate is not blamed for
+the documents that it happened to be asked, and candidates of different generations compare.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Document = tuple[str, int]
+"""A leaf's name, and a document's number there."""
+Values = Mapping[str, Mapping[Document, float]]
+"""By score and document what a candidate gave; higher or lower is better as the score has it."""
+
+# Documents of a score in a block: this share of them, but at least so many.
+BLOCK_SHARE, BLOCK_LEAST = 0.045, 6
+# Candidates that are asked the same block.
+GENERATION = 11
+# A candidate is dropped so many standard errors of the paired difference below the best.
+DROP_Z = 2.0
+# The finals: share of all candidates that take part, and share of the documents they are asked.
+ROUNDS = ((1 / 5, 0.2), (1 / 10, 0.4), (1 / 20, 0.7), (1 / 30, 1.0))
+FINALISTS_LEAST = 3
+# `auto` races where this many candidates are asked, and racing asks at most this share of what
+# scoring all of them in full would.
+WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.5
+# How many candidates that found a document average its ease is shrunk by.
+_EASE_PRIOR = 4.0
+# How many documents of typical variance a candidate's own variance is pooled with.
+_VARIANCE_PRIOR = 8.0
+# The variance of an outcome before any is known: that of a fair coin.
+_COIN = 0.25
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a part of the documents says of a score over all of them."""
+
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the finals: how many candidates take part, and which documents they are asked."""
+
+    n_candidates: int
+    documents: Mapping[str, Sequence[Document]]
+
+
+class Race:
+    """What a search knows of its documents, and whom it asks which.
+
+    Args:
+        documents: by score all its search documents.
+        weights: by score its signed weight in the objective, negative where less is better.
+        n_candidates: how many the search has in all.
+        seed: orders the documents.
+        has_many_objectives: a candidate is then worse than another only if it is so in every score.
+    """
+
+    def __init__(
+        self,
+        documents: Mapping[str, Sequence[Document]],
+        weights: Mapping[str, float],
+        n_candidates: int,
+        seed: int,
+        has_many_objectives: bool = False,
+    ) -> None:
+        self._scores = {key: _Score(every, f"{seed}:{key}") for key, every in documents.items()}
+        self._weights = dict(weights)
+        self._n_candidates = n_candidates
+        self._many = has_many_objectives
+        self._told: dict[int, Values] = {}
+
+    def share(self) -> float:
+        """Return the share of all document evaluations that racing asks, at most; in (0, 1]."""
+        total = sum(len(score.documents) for score in self._scores.values())
+        block = sum(score.block_size for score in self._scores.values())
+        asked, rounds = float(self._n_candidates * block), self._sizes()
+        # A round asks its candidates what the round before did not.
+        before = block / total
+        for n, share in rounds:
+            asked += n * max(0.0, share - before) * total
+            before = max(before, share)
+        return min(1.0, asked / (self._n_candidates * total))
+
+    def is_worthwhile(self) -> bool:
+        """Tell whether `racing: auto` should race."""
+        return self._n_candidates >= WORTHWHILE_FROM and self.share() <= WORTHWHILE_SHARE
+
+    # ---- during the search ----------------------------------------------------------------------
+
+    def blocks(self, number: int) -> list[dict[str, list[Document]]]:
+        """Return what candidate `number` is asked: by score, in two halves, between which it may drop."""
+        whole = {key: score.block(number // GENERATION) for key, score in self._scores.items()}
+        return [
+            {key: block[: math.ceil(len(block) / 2)] for key, block in whole.items()},
+            {key: block[math.ceil(len(block) / 2) :] for key, block in whole.items()},
+        ]
+
+    def is_hopeless(self, number: int, values: Values) -> bool:
+        """Tell whether a candidate is, on its documents so far, worse than the best of its generation.
+
+        The test is one-sided and paired: z = mean difference / its standard error, with variances
+        pooled with a coin's, since the documents are few.
+        """
+        first = number // GENERATION * GENERATION
+        peers = [self._told[peer] for peer in range(first, number) if peer in self._told]
+        peers = [peer for peer in peers if all(values[key].keys() <= peer[key].keys() for key in values)]
+        if self._many:
+            return any(
+                all(self._z({key: its}, peer) < -DROP_Z for key, its in values.items()) for peer in peers
+            )
+        best = max(peers, key=lambda peer: self._sum(peer), default=None)
+        return best is not None and self._z(values, best) < -DROP_Z
+
+    def _sum(self, values: Values) -> float:
+        return sum(self._weights[key] * _mean(its.values()) for key, its in values.items())
+
+    def _z(self, values: Values, other: Values) -> float:
+        difference = variance = 0.0
+        for key, its in values.items():
+            pairs = np.array([value - other[key][document] for document, value in its.items()])
+            spread = ((pairs - pairs.mean()) ** 2).sum() + _EASE_PRIOR * _COIN
+            weight = self._weights[key]
+            difference += weight * float(pairs.mean())
+            variance += weight**2 * float(spread) / (len(pairs) + _EASE_PRIOR) / len(pairs)
+        return difference / math.sqrt(variance)
+
+    def estimates(self, values: Values) -> dict[str, Estimate]:
+        """Estimate each score over all its documents."""
+        return {key: score.estimate(values[key]) for key, score in self._scores.items()}
+
+    def tell(self, number: int, values: Values) -> None:
+        """Learn from a candidate how easy the documents are."""
+        self._told[number] = values
+        for key, score in self._scores.items():
+            score.learn(values[key])
+
+    # ---- the finals -----------------------------------------------------------------------------
+
+    def rounds(self) -> list[Round]:
+        """Return the rounds of the finals, in their order.
+
+        Documents that all candidates agreed on so far are asked last: they tell nobody apart.
+        """
+        orders = {key: score.by_disagreement() for key, score in self._scores.items()}
+        return [
+            Round(n, {key: order[: math.ceil(share * len(order))] for key, order in orders.items()})
+            for n, share in self._sizes()
+        ]
+
+    def _sizes(self) -> list[tuple[int, float]]:
+        least = min(FINALISTS_LEAST, self._n_candidates)
+        return [(max(least, round(part * self._n_candidates)), share) for part, share in ROUNDS]
+
+
+class _Score:
+    """The documents of one score: their order and their ease.
+
+    Attributes:
+        documents: all of them, in an order drawn by seed.
+        block_size: how many of them a candidate is asked first.
+    """
+
+    def __init__(self, documents: Sequence[Document], seed: str) -> None:
+        self.documents = sorted(documents)
+        random.Random(seed).shuffle(self.documents)
+        self._index = {document: i for i, document in enumerate(self.documents)}
+        n = len(self.documents)
+        self.block_size = min(n, max(BLOCK_LEAST, round(BLOCK_SHARE * n)))
+        self._residuals = np.zeros(n)
+        self._n_asked = np.zeros(n)
+        self._lowest, self._highest = np.full(n, np.inf), np.full(n, -np.inf)
+        self._squares = self._n_squares = 0.0
+
+    def block(self, generation: int) -> list[Document]:
+        """Return a generation's block; the next one begins where it ends."""
+        n, begin = len(self.documents), generation * self.block_size
+        return [self.documents[(begin + i) % n] for i in range(self.block_size)]
+
+    def by_disagreement(self) -> list[Document]:
+        """Return the documents, those last that several candidates were asked and agreed on."""
+        agreed = (self._n_asked > 1) & (self._lowest == self._highest)
+        return [self.documents[i] for i in np.argsort(agreed, kind="stable")]
+
+    def _ease(self) -> np.ndarray:
+        ease = self._residuals / (self._n_asked + _EASE_PRIOR)
+        centred: np.ndarray = ease - ease.mean()
+        return centred
+
+    def _arrays(self, values: Mapping[Document, float]) -> tuple[np.ndarray, np.ndarray]:
+        asked = np.array([self._index[document] for document in values])
+        return asked, np.array(list(values.values()), float)
+
+    def estimate(self, values: Mapping[Document, float]) -> Estimate:
+        """Estimate the mean over all documents."""
+        asked, given = self._arrays(values)
+        n, n_all = len(given), len(self.documents)
+        if n == n_all:
+            return Estimate(float(given.mean()), 0.0)
+        residuals = given - self._ease()[asked]
+        typical = self._squares / self._n_squares if self._n_squares else _COIN
+        spread = ((residuals - residuals.mean()) ** 2).sum() + _VARIANCE_PRIOR * typical
+        # What was asked is known: the error is that of the rest (finite population correction).
+        variance = float(spread) / (n + _VARIANCE_PRIOR) / n * (1 - n / n_all)
+        return Estimate(float(residuals.mean()), math.sqrt(variance))
+
+    def learn(self, values: Mapping[Document, float]) -> None:
+        """Learn from one candidate's values."""
+        asked, given = self._arrays(values)
+        residuals = given - (given - self._ease()[asked]).mean()
+        self._residuals[asked] += residuals
+        self._n_asked[asked] += 1
+        self._lowest[asked] = np.minimum(self._lowest[asked], given)
+        self._highest[asked] = np.maximum(self._highest[asked], given)
+        self._squares += float(((residuals - self._ease()[asked]) ** 2).sum())
+        self._n_squares += len(asked)
+
+
+def _mean(values: Iterable[float]) -> float:
+    every = list(values)
+    return math.fsum(every) / len(every)
