@@ -35,7 +35,8 @@ def kept_outcomes(
             return None
 
         def objective(by_split: Mapping[Split, Outcomes]) -> float:
-            return plan.tasks.objective(plan.tasks.scores(by_split[job.splits[-1]]))
+            tasks = plan.tasks.following(job.signal)
+            return tasks.objective(tasks.scores(by_split[job.splits[-1]]))
 
         try:
             save_outcomes(path, max(result.outcomes.values(), key=objective))

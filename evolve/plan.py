@@ -9,6 +9,7 @@ from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
 from evolve.objectives import Objectives, constraint_faults
 from evolve.samplers import resolve_sampler
+from evolve.racing import Race, race_over
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace
 from evolve.tasks import TaskSet, reference_faults
@@ -25,7 +26,7 @@ class Plan:
     """A search that can begin.
 
     Attributes:
-        search_file: with backend and sampler resolved.
+        search_file: with backend, sampler and racing resolved.
         why_sampler: why `auto` chose the sampler.
     """
 
@@ -52,6 +53,7 @@ class Plan:
             "constraints": settings["search"]["constraints"],
             "layer_granularity": self.search_file.search.layer_granularity,
             "sampler": self.search_file.search.sampler,
+            "racing": self.search_file.search.racing,
             "checkpoints": {
                 reference: self.sources.architecture(reference).checkpoint.fingerprint()
                 for reference in (*self.references(), *self.tasks.references())
@@ -69,6 +71,10 @@ class Plan:
     def objectives(self) -> Objectives:
         """What the sampler sees of a candidate."""
         return Objectives(self.tasks, self.search_file.search)
+
+    def race(self) -> Race | None:
+        """Return a new race, where candidates are raced."""
+        return _race(self.search_file, self.tasks) if self.search_file.search.racing == "always" else None
 
     @property
     def n_layers(self) -> int:
@@ -159,6 +165,32 @@ def make_plan(
         signal=search_file.search.signal,
     )
     return Plan(search_file, space, tasks, sources, start, setup, why)
+
+
+def _race(search_file: SearchFile, tasks: TaskSet) -> Race | None:
+    settings = search_file.search
+    followed = tasks.following(settings.signal).tasks
+    is_pareto = settings.objective == "pareto"
+    return race_over(followed, settings.n_iterations, settings.seed, is_pareto)
+
+
+def _resolve_racing(search_file: SearchFile, tasks: TaskSet) -> str:
+    """Choose for `auto`: race where that saves most of the documents.
+
+    Raises:
+        SearchFileError: racing is asked for, and a score is no mean over documents.
+    """
+    asked = search_file.search.racing
+    if asked == "none":
+        return asked
+    race = _race(search_file, tasks)
+    if race is None and asked == "always":
+        whole = [t.key for t in tasks.following(search_file.search.signal).tasks if not t.is_raced]
+        raise SearchFileError(
+            f"search.racing is always, but {', '.join(whole)} cannot be told from a part of the "
+            f"documents; write auto or none"
+        )
+    return "always" if race and (asked == "always" or race.is_worthwhile()) else "none"
 
 
 def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:

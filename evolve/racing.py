@@ -6,8 +6,8 @@ block by heart. In the middle of its block a candidate is dropped if a paired te
 worse than the best of its generation. What the sampler sees are estimates of the scores over all
 documents; their standard errors are recorded beside them.
 
-At the end the elite runs the finals: rounds in which ever fewer candidates are asked ever more
-documents, the same for all. Who is left is scored on every document. (Sequential halving: Karnin,
+At the end the elite is raced on: in rounds ever fewer candidates are asked ever more documents, the
+same for all, and who is left is scored on every document. (Sequential halving: Karnin,
 Koren and Somekh 2013, Almost Optimal Exploration in Multi-Armed Bandits. Blocks and paired tests:
 Birattari et al. 2002, A Racing Algorithm for Configuring Metaheuristics.)
 
@@ -23,8 +23,12 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from evolve.tasks import Outcomes, ScoredTask
 
 Document = tuple[str, int]
 """A leaf's name, and a document's number there."""
@@ -34,15 +38,15 @@ Values = Mapping[str, Mapping[Document, float]]
 # Documents of a score in a block: this share of them, but at least so many.
 BLOCK_SHARE, BLOCK_LEAST = 0.045, 6
 # Candidates that are asked the same block.
-GENERATION = 11
+GENERATION = 6
 # A candidate is dropped so many standard errors of the paired difference below the best.
 DROP_Z = 2.0
-# The finals: share of all candidates that take part, and share of the documents they are asked.
-ROUNDS = ((1 / 5, 0.2), (1 / 10, 0.4), (1 / 20, 0.7), (1 / 30, 1.0))
-FINALISTS_LEAST = 3
-# `auto` races where this many candidates are asked, and racing asks at most this share of what
-# scoring all of them in full would.
-WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.5
+# Rounds before the finals: share of all candidates that take part, share of the documents they are
+# asked; and the share of all candidates that is then scored on every document.
+ROUNDS = ((1 / 6, 0.2), (1 / 12, 0.45))
+FINALISTS, FINALISTS_LEAST = 1 / 30, 3
+# `auto` races searches of at least so many candidates, where it saves most of the documents.
+WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.3
 # How many candidates that found a document average its ease is shrunk by.
 _EASE_PRIOR = 4.0
 # How many documents of typical variance a candidate's own variance is pooled with.
@@ -61,7 +65,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the finals: how many candidates take part, and which documents they are asked."""
+    """How many candidates take part in a round before the finals, and what they are asked."""
 
     n_candidates: int
     documents: Mapping[str, Sequence[Document]]
@@ -86,7 +90,8 @@ class Race:
         seed: int,
         has_many_objectives: bool = False,
     ) -> None:
-        self._scores = {key: _Score(every, f"{seed}:{key}") for key, every in documents.items()}
+        # Scores over the same documents share one order of them.
+        self._scores = {key: _Score(every, seed) for key, every in documents.items()}
         self._weights = dict(weights)
         self._n_candidates = n_candidates
         self._many = has_many_objectives
@@ -95,14 +100,12 @@ class Race:
     def share(self) -> float:
         """Return the share of all document evaluations that racing asks, at most; in (0, 1]."""
         total = sum(len(score.documents) for score in self._scores.values())
-        block = sum(score.block_size for score in self._scores.values())
-        asked, rounds = float(self._n_candidates * block), self._sizes()
-        # A round asks its candidates what the round before did not.
-        before = block / total
-        for n, share in rounds:
-            asked += n * max(0.0, share - before) * total
-            before = max(before, share)
-        return min(1.0, asked / (self._n_candidates * total))
+        before = sum(score.block_size for score in self._scores.values()) / total
+        share = before
+        for part, asked in ROUNDS:  # a round asks its candidates what the round before did not
+            share += self.n_of(part) / self._n_candidates * max(0.0, asked - before)
+            before = max(before, asked)
+        return min(1.0, share + self.n_of(FINALISTS) / self._n_candidates)
 
     def is_worthwhile(self) -> bool:
         """Tell whether `racing: auto` should race."""
@@ -157,22 +160,25 @@ class Race:
         for key, score in self._scores.items():
             score.learn(values[key])
 
-    # ---- the finals -----------------------------------------------------------------------------
+    # ---- before the finals ----------------------------------------------------------------------
 
     def rounds(self) -> list[Round]:
-        """Return the rounds of the finals, in their order.
+        """Return the rounds before the finals, in their order.
 
         Documents that all candidates agreed on so far are asked last: they tell nobody apart.
         """
         orders = {key: score.by_disagreement() for key, score in self._scores.items()}
         return [
-            Round(n, {key: order[: math.ceil(share * len(order))] for key, order in orders.items()})
-            for n, share in self._sizes()
+            Round(
+                self.n_of(part),
+                {key: order[: math.ceil(share * len(order))] for key, order in orders.items()},
+            )
+            for part, share in ROUNDS
         ]
 
-    def _sizes(self) -> list[tuple[int, float]]:
-        least = min(FINALISTS_LEAST, self._n_candidates)
-        return [(max(least, round(part * self._n_candidates)), share) for part, share in ROUNDS]
+    def n_of(self, part: float) -> int:
+        """Return how many candidates a share of all of them is."""
+        return min(self._n_candidates, max(FINALISTS_LEAST, round(part * self._n_candidates)))
 
 
 class _Score:
@@ -183,7 +189,7 @@ class _Score:
         block_size: how many of them a candidate is asked first.
     """
 
-    def __init__(self, documents: Sequence[Document], seed: str) -> None:
+    def __init__(self, documents: Sequence[Document], seed: int) -> None:
         self.documents = sorted(documents)
         random.Random(seed).shuffle(self.documents)
         self._index = {document: i for i, document in enumerate(self.documents)}
@@ -236,6 +242,32 @@ class _Score:
         self._highest[asked] = np.maximum(self._highest[asked], given)
         self._squares += float(((residuals - self._ease()[asked]) ** 2).sum())
         self._n_squares += len(asked)
+
+
+def race_over(
+    tasks: Sequence[ScoredTask], n_candidates: int, seed: int, has_many_objectives: bool
+) -> Race | None:
+    """Make the race of a search; None where a score is no mean over documents.
+
+    Args:
+        tasks: what the sampler follows.
+    """
+    if not all(task.is_raced for task in tasks):
+        return None
+    documents = {
+        task.key: [(leaf.name, number) for leaf in task.leaves for number in leaf.documents["search"]]
+        for task in tasks
+    }
+    weights = {task.key: task.sign * task.weight for task in tasks}
+    return Race(documents, weights, n_candidates, seed, has_many_objectives)
+
+
+def values_of(outcomes: Outcomes) -> Values:
+    """Return outcomes as a race takes them."""
+    return {
+        key: {(o.leaf, o.document): float(o.value) for o in every if o.value is not None}
+        for key, every in outcomes.items()
+    }
 
 
 def _mean(values: Iterable[float]) -> float:

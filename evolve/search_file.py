@@ -130,7 +130,8 @@ class SearchSettings(_Section):
     seed: int = Field(default=0, ge=0)
     layer_granularity: int = Field(default=0, ge=0)
     """Layers a group; 0 = off."""
-    racing: Literal["auto", "none"] = "auto"
+    racing: Literal["auto", "always", "none"] = "auto"
+    """Whether candidates are asked blocks of documents first; `auto`: where it saves most of them."""
     signal: Signal = "metric"
     """What the sampler follows; the verdict is on the tasks' own metrics."""
     rounds: int = Field(default=1, ge=1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks.bank import RequestBank
 from evolve.tasks.divergence import reference_faults
-from evolve.tasks.draw import SPLITS, Leaf, Split
+from evolve.tasks.draw import SPLITS, Documents, Leaf, Split
 from evolve.tasks.outcome import AnsweredDocument, Outcome, Outcomes, as_json, n_documents
 from evolve.tasks.scored import ScoredTask
 from evolve.tasks.task_set import TaskSet
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SPLITS",
     "AnsweredDocument",
+    "Documents",
     "Leaf",
     "Outcome",
     "Outcomes",

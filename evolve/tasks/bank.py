@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evolve.errors import TrialEngineError, TrialTaskError
 from evolve.search_file import Signal
 from evolve.tasks.divergence import Divergence, References
-from evolve.tasks.draw import SPLITS, Leaf, Split
+from evolve.tasks.draw import SPLITS, Documents, Leaf, Split
 from evolve.tasks.likelihood import Likelihood, Targets, likelihood_outcomes, list_targets
 from evolve.tasks.measures import FunctionScore, OutputTokens
 from evolve.tasks.outcome import AnsweredDocument, Outcome, Outcomes
@@ -96,16 +96,17 @@ class RequestBank:
     def _list(self, split: Split, signal: Signal) -> _Lists:
         """List what is sent for a signal, or recall it."""
         if (split, signal) not in self._lists:
-            followed = self.tasks.following(signal).tasks
-            leaves = _asked_leaves(followed)
-            built = self._instances(split)
-            own = RequestList({place: its for place, its in built.items() if place[0] in leaves})
-            likelihoods = [task for task in followed if isinstance(task, Likelihood)]
-            others, targets = list_targets(
-                likelihoods, split, built, own, self.lm, self.apply_chat_template
-            )
-            self._lists[split, signal] = _Lists(leaves, own, others, targets)
+            self._lists[split, signal] = self._listed(split, self.tasks.following(signal).tasks)
         return self._lists[split, signal]
+
+    def _listed(self, split: Split, tasks: Sequence[ScoredTask]) -> _Lists:
+        leaves = _asked_leaves(tasks)
+        built = self._instances(split)
+        places = [(leaf.name, number) for leaf in leaves.values() for number in leaf.documents[split]]
+        own = RequestList({place: built[place] for place in places})
+        likelihoods = [task for task in tasks if isinstance(task, Likelihood)]
+        others, targets = list_targets(likelihoods, split, built, own, self.lm, self.apply_chat_template)
+        return _Lists(leaves, own, others, targets)
 
     # ---- references -----------------------------------------------------------------------------
 
@@ -124,10 +125,18 @@ class RequestBank:
 
     # ---- answers --------------------------------------------------------------------------------
 
-    def answer(self, split: Split, signal: Signal = "metric", *, in_reverse: bool = False) -> Outcomes:
+    def answer(
+        self,
+        split: Split,
+        signal: Signal = "metric",
+        *,
+        documents: Documents | None = None,
+        in_reverse: bool = False,
+    ) -> Outcomes:
         """Have the model answer every request of a split and score each document.
 
         Args:
+            documents: only these of the split.
             signal: what is wanted; with "likelihood" nothing is generated for tasks with references.
             in_reverse: send the same requests in another order and in two halves, so that each
                 meets others in its batch: what changes then is the engine's noise.
@@ -139,7 +148,12 @@ class RequestBank:
             TrialTaskError: a filter, metric or objective fails.
             TrialEngineError: the engine cannot answer.
         """
-        lists = self._list(split, signal)
+        tasks = self.tasks.following(signal).tasks
+        if documents is None:
+            lists = self._list(split, signal)
+        else:
+            tasks = [task.among(documents) for task in tasks]
+            lists = self._listed(split, tasks)
         replies: dict[int, list[Any]] = {}
         seconds: dict[int, float] = {}
         for requests in (lists.own, lists.others):
@@ -163,7 +177,7 @@ class RequestBank:
                 return self._references.outcomes(task, split)
             return task.outcomes(split, answered)
 
-        return {task.key: outcomes(task) for task in self.tasks.following(signal).tasks}
+        return {task.key: outcomes(task) for task in tasks}
 
     def _send(
         self,

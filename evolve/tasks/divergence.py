@@ -51,6 +51,11 @@ class Divergence(Mean):
 
     is_asked: ClassVar[bool] = False
 
+    @property
+    def is_raced(self) -> bool:
+        """Tell that the reference was asked about all documents together."""
+        return False
+
 
 def coarse_divergence(p: Mapping[int, float], q: Mapping[int, float]) -> float:
     """Return KL(P || Q) in nats over some tokens and one bucket of all others.

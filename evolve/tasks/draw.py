@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from evolve.search_file import ScoringSettings
 
 Split = Literal["search", "holdout"]
 SPLITS: tuple[Split, ...] = ("search", "holdout")
+Documents = Mapping[str, Collection[int]]
+"""Some documents: by leaf their numbers."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,15 @@ class Leaf:
     def generates(self) -> bool:
         """Whether the model answers with texts."""
         return bool(self.task.OUTPUT_TYPE == "generate_until")
+
+    def among(self, numbers: Collection[int]) -> Leaf:
+        """Return the leaf with some of its documents only."""
+        wanted = set(numbers)
+        documents: dict[Split, tuple[int, ...]] = {
+            split: tuple(number for number in its if number in wanted)
+            for split, its in self.documents.items()
+        }
+        return replace(self, documents=documents)
 
 
 def draw(

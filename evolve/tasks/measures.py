@@ -30,6 +30,11 @@ class Mean(ScoredTask):
 
     may_be_share: ClassVar[bool] = False
 
+    @property
+    def is_raced(self) -> bool:
+        """Whether a part of the documents tells of all."""
+        return True
+
     def averages(self, outcomes: Sequence[Outcome]) -> bool:
         """Tell that the score is the plain mean of the values."""
         return True
@@ -70,6 +75,11 @@ class SecondsPerDocument(Mean):
     length of request and answer. The interval says how much another draw of documents would
     change, not how much the clock would at another time.
     """
+
+    @property
+    def is_raced(self) -> bool:
+        """Tell that few documents take other seconds each than many."""
+        return False
 
     def outcomes(self, split: Split, answered: Answered) -> list[Outcome]:
         """Give each document its share of the seconds."""

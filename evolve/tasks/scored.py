@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from evolve.errors import TrialTaskError, boundary
-from evolve.tasks.draw import Leaf, Split
+from evolve.tasks.draw import Documents, Leaf, Split
 from evolve.tasks.outcome import AnsweredDocument, Outcome
 
 Answered = Mapping[tuple[str, int], AnsweredDocument]
@@ -59,6 +59,16 @@ class ScoredTask:
     def averages(self, outcomes: Sequence[Outcome]) -> bool:
         """Tell whether each leaf's score is the plain mean of its documents' values."""
         return self._is_mean and all(outcome.value is not None for outcome in outcomes)
+
+    @property
+    def is_raced(self) -> bool:
+        """Whether a part of the documents tells of all: the score is their values' plain mean."""
+        return self.is_asked and self._is_mean and self.weight_by_size is not False
+
+    def among(self, documents: Documents) -> Self:
+        """Return the entry over some of its documents; leaves that have none of them go."""
+        leaves = [leaf.among(documents[leaf.name]) for leaf in self.leaves if leaf.name in documents]
+        return replace(self, leaves=tuple(leaves))
 
     def _aggregation(self, leaf: Leaf) -> Callable[[list[Any]], Any]:
         from lm_eval.api.metrics import mean

@@ -12,7 +12,7 @@ from evolve.engines import Engine, EngineSettings, start_engine
 from evolve.errors import TrialEngineError, TrialError, boundary
 from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
-from evolve.tasks import Outcomes, RequestBank, Split, TaskSet
+from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet
 from merge_core.checkpoint.locate import locate
 from merge_core.plan import Sources, model_alone
 from merge_core.recipe import Recipe
@@ -38,6 +38,7 @@ class Job:
         promptings: each is scored by itself; weights are loaded once.
         in_reverse: whether the requests are sent in another order.
         signal: what the documents are scored by.
+        documents: only these of the splits; None = all.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     promptings: tuple[Prompting, ...]
     in_reverse: bool = False
     signal: Signal = "metric"
+    documents: Documents | None = None
 
 
 @dataclass
@@ -56,6 +58,9 @@ class Seconds:
     merge: float = 0.0
     load: float = 0.0
     score: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.merge + other.merge, self.load + other.load, self.score + other.score)
 
 
 @dataclass
@@ -113,6 +118,7 @@ class Worker:
         )
         self.sources = sources or Sources(keep=True)
         self.engine: Engine = start_engine(setup.backend, setup.engine)
+        self._held: Recipe | None = None
         self._banks: dict[Prompting, RequestBank] = {}
         self._bank(setup.prompting)
 
@@ -131,7 +137,13 @@ class Worker:
         config = self.setup.engine.config
         dtype = config.get("dtype") or config.get("torch_dtype")
         recipe = Recipe.parse({**model_alone(reference).as_config(), "out_dtype": dtype})
-        self.engine.load_recipe(recipe, self.sources)
+        self._load(recipe)
+
+    def _load(self, recipe: Recipe) -> tuple[float, float]:
+        self._held = None  # whatever a load that fails leaves behind
+        seconds = self.engine.load_recipe(recipe, self.sources)
+        self._held = recipe
+        return seconds
 
     def close(self) -> None:
         """Stop the engine and forget the requests."""
@@ -150,12 +162,16 @@ class Worker:
             # Before the candidate's weights: a new bank may load those of its references.
             with boundary(TrialEngineError, "preparing the requests"):
                 banks = {prompting: self._bank(prompting) for prompting in job.promptings}
-            seconds.merge, seconds.load = self.engine.load_recipe(job.recipe, self.sources)
+            # A candidate that is asked block by block is loaded once.
+            if job.documents is None or job.recipe != self._held:
+                seconds.merge, seconds.load = self._load(job.recipe)
             began = time.perf_counter()
             for prompting, bank in banks.items():
                 with boundary(TrialEngineError, "answering the requests"):
                     result.outcomes[prompting] = {
-                        split: bank.answer(split, job.signal, in_reverse=job.in_reverse)
+                        split: bank.answer(
+                            split, job.signal, documents=job.documents, in_reverse=job.in_reverse
+                        )
                         for split in job.splits
                     }
             seconds.score = time.perf_counter() - began

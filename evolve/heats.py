@@ -1,0 +1,177 @@
+"""Who is asked what, one job after another: a candidate whole, or raced over blocks of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evolve.front import front, ranking
+from evolve.kept import kept_outcomes
+from evolve.plan import Plan
+from evolve.racing import Document, Round, values_of
+from evolve.study import Study, load_outcomes
+from evolve.tasks import Documents, Outcomes, n_documents
+from evolve.workers import Pool
+from evolve.workers.worker import Job, Result
+from merge_core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+
+class Heats:
+    """The jobs of a search's candidates.
+
+    Without racing a candidate is one job over all search documents. With it, it is asked half a
+    block, then the other half unless it is dropped.
+
+    Args:
+        study: what was told before is learned from.
+        base: the base model's scores, where a constraint refers to them.
+    """
+
+    def __init__(self, study: Study, plan: Plan, base: Mapping[str, float] | None = None) -> None:
+        self._study, self._plan, self._base = study, plan, base
+        self.race = plan.race()
+        self._halves: dict[int, Result] = {}
+        if self.race:
+            for trial in sorted(study.ranked(), key=lambda trial: int(trial.user_attrs["told"])):
+                self.race.tell(trial.number, values_of(self._told(trial.number)))
+
+    def _told(self, number: int) -> Outcomes:
+        return load_outcomes(self._study.outcomes_path(f"trial-{number}"))["search"]
+
+    # ---- during the search ----------------------------------------------------------------------
+
+    def begin(self, number: int, recipe: Recipe) -> Job:
+        """Return a candidate's first job."""
+        prompting, signal = self._plan.setup.prompting, self._plan.search_file.search.signal
+        asked = by_leaf(self.race.blocks(number)[0]) if self.race else None
+        return Job(
+            str(number), "trial", recipe, ("search",), (prompting,), signal=signal, documents=asked
+        )
+
+    def more(self, result: Result) -> Job | None:
+        """Return a candidate's next job; None where it has been asked enough, or has failed."""
+        number = int(result.job.name)
+        if not self.race or result.failure or number in self._halves:
+            return None
+        outcomes = result.outcomes[self._plan.setup.prompting]["search"]
+        if self.race.is_hopeless(number, values_of(outcomes)):
+            return None
+        self._halves[number] = result
+        return replace(result.job, documents=by_leaf(self.race.blocks(number)[1]))
+
+    def whole(self, result: Result) -> Result:
+        """Return a candidate's last result joined with the one before."""
+        first = self._halves.pop(int(result.job.name), None)
+        if first is None:
+            return result
+        seconds = first.seconds + result.seconds
+        if result.failure:
+            return replace(result, seconds=seconds)
+        prompting = self._plan.setup.prompting
+        both = joined(first.outcomes[prompting]["search"], result.outcomes[prompting]["search"])
+        return replace(result, outcomes={prompting: {"search": both}}, seconds=seconds)
+
+    def scores(self, outcomes: Outcomes) -> tuple[dict[str, float], dict[str, float]]:
+        """Return a candidate's scores over all search documents, and their standard errors if estimated.
+
+        Raises:
+            TrialTaskError: a score cannot be computed.
+        """
+        if self.race is None:
+            return self._plan.followed.scores(outcomes), {}
+        estimates = self.race.estimates(values_of(outcomes))
+        return (
+            {key: estimate.value for key, estimate in estimates.items()},
+            {key: estimate.standard_error for key, estimate in estimates.items()},
+        )
+
+    def tell(self, number: int, outcomes: Outcomes) -> None:
+        """Learn from a candidate that was told."""
+        if self.race:
+            self.race.tell(number, values_of(outcomes))
+
+    # ---- before the finals ----------------------------------------------------------------------
+
+    def elite(self, pool: Pool, scored: Callable[[], None]) -> tuple[list[FrozenTrial], int]:
+        """Return the candidates for the finals, the best first, and how many documents it took.
+
+        Raced candidates go through rounds, in which those who are left are asked more documents.
+        """
+        ranked = self._study.ranked()
+        if self.race is None:
+            return ranked, 0
+        known = {trial.number: self._told(trial.number) for trial in ranked}
+        n_asked = 0
+        for i, each in enumerate(self.race.rounds()):
+            ranked = ranked[: max(each.n_candidates, self._n_on_front(ranked, known, each))]
+            for trial in ranked:
+                more = self._asked(trial, each, i, known[trial.number], pool, scored)
+                if more is not None:
+                    n_asked += n_documents(more)
+                    known[trial.number] = joined(known[trial.number], more)
+            ranked = [ranked[j] for j in ranking(*self._rated(ranked, known))]
+        return ranked, n_asked
+
+    def _n_on_front(
+        self, ranked: list[FrozenTrial], known: Mapping[int, Outcomes], each: Round
+    ) -> int:
+        """Count the Pareto front, whose members are all as good; at most twice the round's places."""
+        return min(len(front(*self._rated(ranked, known))), 2 * each.n_candidates)
+
+    def _rated(
+        self, trials: list[FrozenTrial], known: Mapping[int, Outcomes]
+    ) -> tuple[np.ndarray, list[float]]:
+        """Return the values of candidates, and their violations in all, by what is known by now."""
+        ratings = [
+            self._plan.objectives.rate(self.scores(known[trial.number])[0], self._base)
+            for trial in trials
+        ]
+        violations = [sum(max(0.0, v) for v in rating.violations.values()) for rating in ratings]
+        return np.array([rating.values for rating in ratings]), violations
+
+    def _asked(
+        self,
+        trial: FrozenTrial,
+        each: Round,
+        i: int,
+        known: Outcomes,
+        pool: Pool,
+        scored: Callable[[], None],
+    ) -> Outcomes | None:
+        """Ask a candidate a round's documents that it was not asked before; None where nothing is left."""
+        wanted = {
+            key: [document for document in documents if document not in before]
+            for key, documents in each.documents.items()
+            for before in [{(outcome.leaf, outcome.document) for outcome in known[key]}]
+        }
+        if not any(wanted.values()):
+            return None
+        job = self.begin(trial.number, self._plan.space.recipe(trial.params))
+        job = replace(job, kind="final", documents=by_leaf(wanted))
+        file = f"round-{i + 1}-{trial.number}"
+        outcomes = kept_outcomes(self._study, self._plan, pool, job, file, scored)
+        return None if outcomes is None else outcomes["search"]
+
+
+def by_leaf(documents: Mapping[str, list[Document]]) -> Documents:
+    """Return documents, given by score, by leaf."""
+    found: dict[str, set[int]] = {}
+    for every in documents.values():
+        for leaf, number in every:
+            found.setdefault(leaf, set()).add(number)
+    return {leaf: tuple(sorted(numbers)) for leaf, numbers in found.items()}
+
+
+def joined(some: Outcomes, more: Outcomes) -> Outcomes:
+    """Return the outcomes of both, each document once, in order of leaves and documents."""
+    both = {}
+    for key in some:
+        every = {(outcome.leaf, outcome.document): outcome for outcome in (*some[key], *more[key])}
+        both[key] = [every[place] for place in sorted(every)]
+    return both
