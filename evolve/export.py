@@ -59,7 +59,7 @@ def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None)
         study.scores(trial),
         {task: asdict(interval) for task, interval in verdict.holdout.items()} if verdict else {},
         plan.documents(),
-        trial.user_attrs.get("violations"),
+        study.violations(trial),
     )
 
 

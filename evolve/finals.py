@@ -1,7 +1,8 @@
-"""The finals: of candidates ranked by a signal, the best are scored by the tasks' own metrics.
+"""The finals: of candidates that were ranked by less, the best are scored by the metrics on everything.
 
-What a sampler follows ranks candidates; what they are worth to the user the metric says. The
-finalists are scored on all search documents, and the best of them by metric is the winner.
+A signal, or a part of the documents, ranks candidates while the sampler searches; what they are
+worth to the user the tasks' own metrics say. The finalists are scored on all search documents in
+one go, as `evolve eval --like` does, and the best of them by metric is the winner.
 """
 
 from __future__ import annotations
@@ -14,32 +15,37 @@ import numpy as np
 
 from evolve.errors import SearchStoppedError
 from evolve.front import ranking
+from evolve.heats import Heats
 from evolve.kept import kept_outcomes
 from evolve.objectives import Objectives
 from evolve.plan import Plan
-from evolve.study import Finalist, Study, total_violation
+from evolve.racing import FINALISTS
+from evolve.study import Finalist, Study
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-# How many: a twentieth of the candidates, and no fewer than three.
+# How many, where candidates were not raced: a twentieth of the candidates, and no fewer than three.
 SHARE = 0.05
 FEWEST = 3
 
 
 def are_needed(plan: Plan) -> bool:
-    """Tell whether the sampler follows something else than the metrics."""
-    return plan.search_file.search.signal != "metric"
+    """Tell whether the sampler sees something else than the metrics over all search documents."""
+    settings = plan.search_file.search
+    return settings.signal != "metric" or settings.racing == "always"
 
 
 def n_finalists(plan: Plan) -> int:
     """Count the candidates that reach the finals."""
+    if race := plan.race():
+        return race.n_of(FINALISTS)
     return max(FEWEST, math.ceil(SHARE * plan.search_file.search.n_iterations))
 
 
-def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> None:
+def finals(study: Study, plan: Plan, pool: Pool, heats: Heats, scored: Callable[[], None]) -> None:
     """Score the best candidates by the tasks' metrics, and keep their order.
 
     They are taken in the order of what the sampler saw; one that cannot be scored makes way for the
@@ -54,18 +60,18 @@ def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> 
     """
     if study.has_finals:
         return
+    ranked, n_documents = heats.elite(pool, scored)
     # Of a front every member: the sampler finds none better than another.
-    n = max(n_finalists(plan), len(study.front()))
+    n = max(n_finalists(plan), 0 if heats.race else len(study.front()))
     by_metric = Objectives(plan.tasks, plan.search_file.search, "metric")
     finalists: list[Finalist] = []
-    violations: list[float] = []
-    ranked = study.ranked()
     for trial in ranked[: 2 * n]:
-        scores = _known_scores(plan, trial) or _scored(study, plan, pool, trial, scored)
+        scores = _known_scores(plan, trial)
+        if scores is None:
+            scores = _scored(study, plan, pool, trial, scored)
+            n_documents += plan.tasks.n_documents
         if scores is not None:
-            objective, values = plan.tasks.objective(scores), by_metric.values(scores)
-            finalists.append(Finalist(trial.number, objective, scores, values))
-            violations.append(total_violation(trial))
+            finalists.append(Finalist(trial.number, scores, by_metric.rate(scores, heats.base)))
         if len(finalists) == n:
             break
     if ranked and not finalists:
@@ -74,13 +80,16 @@ def finals(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> 
             f"no candidate could be scored by the tasks' own metrics ({kind}: {text}); correct the "
             f"task, or run the same command again to try once more"
         )
-    order = ranking(np.array([finalist.values for finalist in finalists]), violations)
-    study.keep_finals([finalists[i] for i in order])
+    values = np.array([finalist.rating.values for finalist in finalists])
+    order = ranking(values, [finalist.rating.total_violation for finalist in finalists])
+    study.keep_finals([finalists[i] for i in order], n_documents)
 
 
 def _known_scores(plan: Plan, trial: FrozenTrial) -> dict[str, float] | None:
     """Return a candidate's scores where the search took them all, on all its documents."""
     scores = trial.user_attrs["scores"]
+    if "standard_errors" in trial.user_attrs:
+        return None
     keys = [task.key for task in plan.tasks.tasks]
     if trial.user_attrs["documents"] < plan.tasks.n_documents or not scores.keys() >= set(keys):
         return None

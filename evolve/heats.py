@@ -34,7 +34,7 @@ class Heats:
     """
 
     def __init__(self, study: Study, plan: Plan, base: Mapping[str, float] | None = None) -> None:
-        self._study, self._plan, self._base = study, plan, base
+        self._study, self._plan, self.base = study, plan, base
         self.race = plan.race()
         self._halves: dict[int, Result] = {}
         if self.race:
@@ -128,12 +128,10 @@ class Heats:
         self, trials: list[FrozenTrial], known: Mapping[int, Outcomes]
     ) -> tuple[np.ndarray, list[float]]:
         """Return the values of candidates, and their violations in all, by what is known by now."""
-        ratings = [
-            self._plan.objectives.rate(self.scores(known[trial.number])[0], self._base)
-            for trial in trials
-        ]
-        violations = [sum(max(0.0, v) for v in rating.violations.values()) for rating in ratings]
-        return np.array([rating.values for rating in ratings]), violations
+        rate = self._plan.objectives.rate
+        ratings = [rate(self.scores(known[trial.number])[0], self.base) for trial in trials]
+        values = np.array([rating.values for rating in ratings])
+        return values, [rating.total_violation for rating in ratings]
 
     def _asked(
         self,

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from evolve.errors import SearchStoppedError, TrialError
 from evolve.export import keep_current
 from evolve.finals import are_needed, finals
+from evolve.heats import Heats
 from evolve.judge import base_scores, judge, kept_verdict
 from evolve.memory import refuse_too_large
 from evolve.plan import Plan, make_plan
@@ -27,7 +28,7 @@ from evolve.under_way import UnderWay, nobody_waits
 from evolve.verdict import Verdict
 from evolve.workers import Pool
 from evolve.workers.local import LocalPool
-from evolve.workers.worker import Job, Result, Seconds, Worker
+from evolve.workers.worker import Result, Seconds, Worker
 from merge_core.errors import RecipeError
 from merge_core.recipe import Recipe
 
@@ -124,9 +125,10 @@ def run(
 
             show("started")
             base = base_scores(study, plan, pool, lambda: show("base"))
-            search(study, plan, pool, show, base)
+            heats = Heats(study, plan, base)
+            search(study, plan, pool, heats, show)
             if are_needed(plan):
-                finals(study, plan, pool, lambda: show("final"))
+                finals(study, plan, pool, heats, lambda: show("final"))
             verdict = judge(study, plan, pool, lambda: show("baseline"))
             show("verdict")
     finally:
@@ -139,13 +141,13 @@ def search(
     study: Study,
     plan: Plan,
     pool: Pool,
+    heats: Heats,
     show: Callable[[str], None],
-    base: Mapping[str, float] | None = None,
 ) -> None:
     """Propose and evaluate candidates until `n_iterations` are finished or time is up.
 
     Args:
-        base: the base model's scores, where a constraint refers to them.
+        heats: what a candidate is asked, in one job or several.
     """
     settings = plan.search_file.search
     sampler = make_sampler(settings.sampler, plan.space, settings.seed, len(plan.objectives.names))
@@ -172,20 +174,22 @@ def search(
                 study.fail(number, "recipe", str(error), Seconds())
                 _stop_if_hopeless(study, settings.max_failed_share)
                 continue
-            prompting, signal = plan.setup.prompting, settings.signal
-            pool.submit(Job(str(number), "trial", recipe, ("search",), (prompting,), signal=signal))
+            pool.submit(heats.begin(number, recipe))
             pending += 1
         if not pending:
             return
         result = pool.wait()
         show("answered")
-        record(study, plan, result, base)
+        if (job := heats.more(result)) is not None:
+            pool.submit(job)
+            continue
+        record(study, plan, heats, heats.whole(result))
         pending -= 1
         show("told")
         _stop_if_hopeless(study, settings.max_failed_share)
 
 
-def record(study: Study, plan: Plan, result: Result, base: Mapping[str, float] | None = None) -> None:
+def record(study: Study, plan: Plan, heats: Heats, result: Result) -> None:
     """Tell a trial's result: COMPLETE with what the sampler follows, or FAILED with kind and text."""
     number = int(result.job.name)
     if result.failure:
@@ -193,11 +197,13 @@ def record(study: Study, plan: Plan, result: Result, base: Mapping[str, float] |
         return
     outcomes = result.outcomes[plan.setup.prompting]["search"]
     try:
-        scores = plan.followed.scores(outcomes)
+        scores, errors = heats.scores(outcomes)
     except TrialError as error:  # a function of the user's own may fail now and then
         study.fail(number, error.kind, str(error), result.seconds)
         return
-    study.complete(number, plan.objectives.rate(scores, base), scores, outcomes, result.seconds)
+    rating = plan.objectives.rate(scores, heats.base)
+    study.complete(number, rating, scores, outcomes, result.seconds, errors)
+    heats.tell(number, outcomes)
     keep_current(study, plan)
 
 

@@ -24,6 +24,11 @@ class Rating:
     objective: float
     violations: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def total_violation(self) -> float:
+        """By how much the constraints are violated in all; 0 where they are met."""
+        return sum(max(0.0, violation) for violation in self.violations.values())
+
 
 class Objectives:
     """From a candidate's scores to what the sampler sees, as `search.objective` says.

@@ -139,6 +139,8 @@ def make_plan(
                 allow_unsafe_code=allow_unsafe_code,
             )
             tasks.following(search_file.search.signal)
+            racing = _resolve_racing(search_file, tasks)
+            search_file = search_file.changed(search={"racing": racing})
     except SearchFileError as error:
         faults += error.faults
     if tasks is not None and not faults:  # a signal at fault is told above

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from evolve.memory import Memory
 from evolve.plan import Plan
-from evolve.study import Study, total_violation
+from evolve.study import Study
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -126,7 +126,8 @@ def _found(study: Study, plan: Plan) -> str:
     best = study.best()
     if best is None:
         return "none complete"
-    if violation := total_violation(best):
+    violations = (study.violations(best) or {}).values()
+    if violation := sum(max(0.0, each) for each in violations):
         return f"none meets the constraints, the nearest violates them by {violation:.4f}"
     if len(plan.objectives.names) == 1:
         return f"best {best.values[0]:.4f}"

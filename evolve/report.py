@@ -57,7 +57,8 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         "verdict": _text(verdict, is_current, has_only_failures=bool(finished) and best is None),
         # A run that was killed could not add its time to the total.
         "seconds": {**seconds, "total": max(study.note("seconds_total") or 0.0, sum(seconds.values()))},
-        "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished),
+        "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished)
+        + (study.note("finals") or {}).get("documents", 0),
         "noise": asdict(verdict.noise) if verdict and is_current and verdict.noise else None,
     }
 

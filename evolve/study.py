@@ -41,19 +41,17 @@ _FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate that was scored by the tasks' own metrics where the sampler followed another signal.
+    """A candidate that was scored by the tasks' own metrics on every search document, at the end.
 
     Attributes:
         number: its trial.
-        objective: by the metrics.
         scores: by the keys of `tasks:`.
-        values: what the sampler would have maximised, had it followed the metrics.
+        rating: what the sampler would have seen, had it followed these.
     """
 
     number: int
-    objective: float
     scores: dict[str, float]
-    values: list[float]
+    rating: Rating
 
 
 class Study:
@@ -227,8 +225,13 @@ class Study:
         scores: Mapping[str, float],
         outcomes: Outcomes,
         seconds: Seconds,
+        standard_errors: Mapping[str, float],
     ) -> None:
-        """Tell a trial: outcomes to disk first, then scores, then the state."""
+        """Tell a trial: outcomes to disk first, then scores, then the state.
+
+        Args:
+            standard_errors: of scores that are estimates from a part of the documents.
+        """
         save_outcomes(self.outcomes_path(f"trial-{number}"), {"search": outcomes})
         attributes = {
             "scores": dict(scores),
@@ -236,6 +239,8 @@ class Study:
             "seconds": vars(seconds),
             "documents": n_documents(outcomes),
         }
+        if standard_errors:
+            attributes["standard_errors"] = dict(standard_errors)
         if rating.violations:
             attributes["violations"] = rating.violations
             trial_id = self.trials()[number]._trial_id
@@ -285,11 +290,13 @@ class Study:
         finalists = self._current_finalists()
         if finalists:
             trials = [self.trials()[finalist.number] for finalist in finalists]
-            values = np.array([finalist.values for finalist in finalists])
+            values = np.array([finalist.rating.values for finalist in finalists])
+            violations = [finalist.rating.total_violation for finalist in finalists]
         else:
             trials = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
             values = np.array([trial.values for trial in trials])
-        members = [trials[i] for i in front(values, [total_violation(trial) for trial in trials])]
+            violations = [total_violation(trial) for trial in trials]
+        members = [trials[i] for i in front(values, violations)]
         return sorted(members, key=lambda trial: trial.number)
 
     # ---- finals -------------------------------------------------------------------------------
@@ -299,15 +306,22 @@ class Study:
         """Whether the best of all finished trials were scored by the tasks' own metrics."""
         return bool(self._current_finalists())
 
-    def keep_finals(self, finalists: Sequence[Finalist]) -> None:
-        """Keep what the finalists scored, the winner first; a finished trial takes no attributes."""
+    def keep_finals(self, finalists: Sequence[Finalist], n_documents: int) -> None:
+        """Keep what the finalists scored, the winner first; a finished trial takes no attributes.
+
+        Args:
+            n_documents: how many were scored for it beside those of the trials.
+        """
         kept = [asdict(finalist) for finalist in finalists]
-        self.keep_note("finals", {"finished": len(self.finished()), "finalists": kept})
+        finals = {"finished": len(self.finished()), "documents": n_documents, "finalists": kept}
+        self.keep_note("finals", finals)
 
     def finalists(self) -> dict[int, Finalist]:
         """The finalists by trial, the winner first; empty where no finals were held."""
         kept = (self.note("finals") or {}).get("finalists", [])
-        return {data["number"]: Finalist(**data) for data in kept}
+        return {
+            data["number"]: Finalist(**{**data, "rating": Rating(**data["rating"])}) for data in kept
+        }
 
     def _current_finalists(self) -> list[Finalist]:
         """The finalists, the winner first; empty where trials have finished since."""
@@ -327,7 +341,13 @@ class Study:
     def objective(self, trial: FrozenTrial) -> float:
         """A completed trial's objective, by the same scores as `scores`."""
         finalist = self.finalists().get(trial.number)
-        return finalist.objective if finalist else float(trial.user_attrs["objective"])
+        return finalist.rating.objective if finalist else float(trial.user_attrs["objective"])
+
+    def violations(self, trial: FrozenTrial) -> dict[str, float] | None:
+        """A completed trial's violation of each constraint, by the same scores; None without any."""
+        finalist = self.finalists().get(trial.number)
+        found: dict[str, float] | None = trial.user_attrs.get("violations")
+        return finalist.rating.violations or None if finalist else found
 
     def search_outcomes_path(self, number: int) -> Path:
         """Where a trial's outcomes on the search documents are kept: those of the finals if any."""
