@@ -118,9 +118,7 @@ class Heats:
             ranked = [ranked[j] for j in ranking(*self._rated(ranked, known))]
         return ranked, n_asked
 
-    def _n_on_front(
-        self, ranked: list[FrozenTrial], known: Mapping[int, Outcomes], each: Round
-    ) -> int:
+    def _n_on_front(self, ranked: list[FrozenTrial], known: Mapping[int, Outcomes], each: Round) -> int:
         """Count the Pareto front, whose members are all as good; at most twice the round's places."""
         return min(len(front(*self._rated(ranked, known))), 2 * each.n_candidates)
 

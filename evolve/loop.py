@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,6 +90,8 @@ def run(
     """
     began = time.monotonic()
     folder = folder or Path(f"{search_file.name}-search")
+    if Study.is_in(folder):
+        search_file = search_file.settled(Study.open(folder).search_file())
     plan = make_plan(
         search_file,
         device=device,

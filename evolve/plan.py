@@ -8,8 +8,8 @@ from typing import Any
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
 from evolve.objectives import Objectives, constraint_faults
-from evolve.samplers import resolve_sampler
 from evolve.racing import Race, race_over
+from evolve.samplers import resolve_sampler
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace
 from evolve.tasks import TaskSet, reference_faults

@@ -1,10 +1,11 @@
 """Racing: which documents a candidate is asked, and what a part of the documents says of all.
 
-A candidate is first asked a block of documents, a few of each score. The candidates of one
-generation are asked the same ones, those of the next others, so that a search does not learn one
-block by heart. In the middle of its block a candidate is dropped if a paired test says that it is
-worse than the best of its generation. What the sampler sees are estimates of the scores over all
-documents; their standard errors are recorded beside them.
+A candidate is first asked a block of documents, a few of each score. A few candidates are asked the
+same block; then half of it makes way for new documents, so that a search does not learn one block
+by heart, and yet every block hangs together with those before. In the middle of its block a
+candidate is dropped if a paired test says that it is worse than the best who was asked the same.
+What the sampler sees are estimates of the scores over all documents; their standard errors are
+recorded beside them.
 
 At the end the elite is raced on: in rounds ever fewer candidates are asked ever more documents, the
 same for all, and who is left is scored on every document. (Sequential halving: Karnin,
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,12 +39,14 @@ Values = Mapping[str, Mapping[Document, float]]
 # Documents of a score in a block: this share of them, but at least so many.
 BLOCK_SHARE, BLOCK_LEAST = 0.045, 6
 # Candidates that are asked the same block.
-GENERATION = 6
+GENERATION = 4
+# Those who were asked a candidate's first half are among so many before it.
+_PEERS = 2 * GENERATION
 # A candidate is dropped so many standard errors of the paired difference below the best.
 DROP_Z = 2.0
 # Rounds before the finals: share of all candidates that take part, share of the documents they are
 # asked; and the share of all candidates that is then scored on every document.
-ROUNDS = ((1 / 6, 0.2), (1 / 12, 0.45))
+ROUNDS = ((1 / 7, 0.2), (1 / 15, 0.45))
 FINALISTS, FINALISTS_LEAST = 1 / 30, 3
 # `auto` races searches of at least so many candidates, where it saves most of the documents.
 WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.3
@@ -117,28 +120,32 @@ class Race:
         """Return what candidate `number` is asked: by score, in two halves, between which it may drop."""
         whole = {key: score.block(number // GENERATION) for key, score in self._scores.items()}
         return [
-            {key: block[: math.ceil(len(block) / 2)] for key, block in whole.items()},
-            {key: block[math.ceil(len(block) / 2) :] for key, block in whole.items()},
+            {key: block[: len(block) - len(block) // 2] for key, block in whole.items()},
+            {key: block[len(block) - len(block) // 2 :] for key, block in whole.items()},
         ]
 
     def is_hopeless(self, number: int, values: Values) -> bool:
-        """Tell whether a candidate is, on its documents so far, worse than the best of its generation.
+        """Tell whether a candidate is worse on its documents so far than the best who was asked them.
 
         The test is one-sided and paired: z = mean difference / its standard error, with variances
         pooled with a coin's, since the documents are few.
         """
-        first = number // GENERATION * GENERATION
-        peers = [self._told[peer] for peer in range(first, number) if peer in self._told]
+        recent = range(max(0, number - _PEERS), number)
+        peers = [self._told[peer] for peer in recent if peer in self._told]
         peers = [peer for peer in peers if all(values[key].keys() <= peer[key].keys() for key in values)]
         if self._many:
             return any(
                 all(self._z({key: its}, peer) < -DROP_Z for key, its in values.items()) for peer in peers
             )
-        best = max(peers, key=lambda peer: self._sum(peer), default=None)
+        best = max(peers, key=lambda peer: self._sum(peer, values), default=None)
         return best is not None and self._z(values, best) < -DROP_Z
 
-    def _sum(self, values: Values) -> float:
-        return sum(self._weights[key] * _mean(its.values()) for key, its in values.items())
+    def _sum(self, peer: Values, asked: Values) -> float:
+        """Return a peer's objective on the documents of another candidate."""
+        return sum(
+            self._weights[key] * math.fsum(peer[key][document] for document in its) / len(its)
+            for key, its in asked.items()
+        )
 
     def _z(self, values: Values, other: Values) -> float:
         difference = variance = 0.0
@@ -201,8 +208,8 @@ class _Score:
         self._squares = self._n_squares = 0.0
 
     def block(self, generation: int) -> list[Document]:
-        """Return a generation's block; the next one begins where it ends."""
-        n, begin = len(self.documents), generation * self.block_size
+        """Return a generation's block; the next one begins with its second half."""
+        n, begin = len(self.documents), generation * (self.block_size // 2)
         return [self.documents[(begin + i) % n] for i in range(self.block_size)]
 
     def by_disagreement(self) -> list[Document]:
@@ -268,8 +275,3 @@ def values_of(outcomes: Outcomes) -> Values:
         key: {(o.leaf, o.document): float(o.value) for o in every if o.value is not None}
         for key, every in outcomes.items()
     }
-
-
-def _mean(values: Iterable[float]) -> float:
-    every = list(values)
-    return math.fsum(every) / len(every)

@@ -194,6 +194,10 @@ class _Settings(_Section):
         return {} if value is None else value
 
 
+def _autos(section: SearchSettings | ScoringSettings) -> list[str]:
+    return [key for key, value in section if value == "auto"]
+
+
 _KNOWN_KEYS = {
     "": _Settings.model_fields,
     "tasks": TaskSpec.model_fields,
@@ -298,6 +302,20 @@ class SearchFile:
             return n_layers(donor(plain.recipe(plain.starts())))
 
         return Space(self.template, self.search.layer_granularity, of_the_merge)
+
+    def settled(self, earlier: SearchFile) -> SearchFile:
+        """Return a copy whose `auto` settings mean what they meant when the search began.
+
+        `auto` depends on the number of candidates and on the machine; a search that goes on does not
+        change for either.
+
+        Args:
+            earlier: the resolved file of the same search.
+        """
+        return self.changed(
+            search={key: getattr(earlier.search, key) for key in _autos(self.search)},
+            scoring={key: getattr(earlier.scoring, key) for key in _autos(self.scoring)},
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole file as plain data, defaults spelled out."""

@@ -319,9 +319,7 @@ class Study:
     def finalists(self) -> dict[int, Finalist]:
         """The finalists by trial, the winner first; empty where no finals were held."""
         kept = (self.note("finals") or {}).get("finalists", [])
-        return {
-            data["number"]: Finalist(**{**data, "rating": Rating(**data["rating"])}) for data in kept
-        }
+        return {data["number"]: Finalist(**{**data, "rating": Rating(**data["rating"])}) for data in kept}
 
     def _current_finalists(self) -> list[Finalist]:
         """The finalists, the winner first; empty where trials have finished since."""

@@ -104,30 +104,25 @@ def _thresholds(z: np.ndarray, exact: np.ndarray) -> tuple[float, np.ndarray]:
 def main() -> None:
     """Print how well scores of unseen candidates are foretold: five folds."""
     with np.load(OUTCOMES) as recorded:
-        n = len(recorded["x"])
-    folds = np.random.default_rng(0).permutation(n) % 5
+        x, exact, likelihood = recorded["x"], recorded["exact"], recorded["likelihood"]
+    folds = np.random.default_rng(0).permutation(len(x)) % 5
     found = []
     for fold in range(5):
         replay = Replay(rows=np.flatnonzero(folds != fold))
-        seen = Replay.__new__(Replay)
-        with np.load(OUTCOMES) as recorded:
-            for i in np.flatnonzero(folds == fold):
-                exact, likelihood = replay.outcomes(recorded["x"][i])
-                found.append(
-                    [
-                        f(values[replay.task == t])
-                        for values in (recorded["exact"][i], exact, recorded["likelihood"][i], likelihood)
-                        for t in range(2)
-                        for f in (np.mean,)
-                    ]
-                )
-        del seen
+        for i in np.flatnonzero(folds == fold):
+            foretold = replay.outcomes(x[i])
+            found.append(
+                [
+                    [values[its].mean() for values in (exact[i], foretold[0], likelihood[i], foretold[1])]
+                    for its in replay.documents
+                ]
+            )
     table = np.array(found, float)
-    for name, a, b in (("exact match", 0, 2), ("likelihood", 4, 6)):
+    for name, real in (("exact match", 0), ("likelihood", 2)):
         for t, task in enumerate(TASKS):
-            real, foretold = table[:, a + t], table[:, b + t]
-            r = np.corrcoef(real, foretold)[0, 1]
-            print(f"{name:12} {task:12} r {r:.3f}  rms error {np.sqrt(np.mean((real - foretold) ** 2)):.3f}")
+            a, b = table[:, t, real], table[:, t, real + 1]
+            error = np.sqrt(np.mean((a - b) ** 2))
+            print(f"{name:12} {task:12} r {np.corrcoef(a, b)[0, 1]:.3f}, rms error {error:.3f}")
 
 
 if __name__ == "__main__":
