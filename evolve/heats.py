@@ -140,7 +140,7 @@ class Heats:
         pool: Pool,
         scored: Callable[[], None],
     ) -> Outcomes | None:
-        """Ask a candidate a round's documents that it was not asked before; None where nothing is left."""
+        """Ask a candidate what is new to it of a round's documents; None where nothing is."""
         wanted = {
             key: [document for document in documents if document not in before]
             for key, documents in each.documents.items()
