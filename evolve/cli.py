@@ -149,6 +149,8 @@ def _check(
         pool.close()
     finally:
         progress.close()
+    for note in plan.notes:
+        _say(f"note: {note}")
     print_check(plan, memory)
 
 

@@ -77,7 +77,8 @@ def base_scores(
 
 def _baseline_jobs(plan: Plan) -> list[Job]:
     splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
-    return [replace(job, splits=splits) for job in baseline_jobs(plan.start, plan.setup.prompting)]
+    jobs = baseline_jobs(plan.start, plan.setup.prompting, plan.references())
+    return [replace(job, splits=splits) for job in jobs]
 
 
 def kept_verdict(study: Study, plan: Plan) -> Verdict | None:

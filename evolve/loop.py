@@ -152,7 +152,14 @@ def search(
         heats: what a candidate is asked, in one job or several.
     """
     settings = plan.search_file.search
-    sampler = make_sampler(settings.sampler, plan.space, settings.seed, len(plan.objectives.names))
+    sampler = make_sampler(
+        settings.sampler,
+        plan.space,
+        settings.seed,
+        len(plan.objectives.names),
+        sigma0=settings.sigma0,
+        population_size=settings.population_size,
+    )
     keep_current(study, plan)
     deadline = time.monotonic() + (settings.timeout_s or float("inf"))
     interrupted = [t for t in study.trials()[: settings.n_iterations] if t.state == TrialState.RUNNING]

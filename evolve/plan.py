@@ -7,6 +7,7 @@ from typing import Any
 
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
+from evolve.genome import GenomeSpace
 from evolve.objectives import Objectives, constraint_faults
 from evolve.racing import Race, race_over
 from evolve.samplers import resolve_sampler
@@ -28,6 +29,7 @@ class Plan:
     Attributes:
         search_file: with backend, sampler and racing resolved.
         why_sampler: why `auto` chose the sampler.
+        notes: what a user should know of this search, one line each.
     """
 
     search_file: SearchFile
@@ -37,11 +39,13 @@ class Plan:
     start: Recipe
     setup: WorkerSetup
     why_sampler: str
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """What makes two searches the same one; a resume with another is refused."""
         settings = self.search_file.as_dict()
         files = self.tasks.files()
+        cma = {key: settings["search"][key] for key in ("sigma0", "population_size")}
         return {
             "recipe": self.search_file.template,
             "tasks": settings["tasks"],
@@ -54,6 +58,7 @@ class Plan:
             "layer_granularity": self.search_file.search.layer_granularity,
             "sampler": self.search_file.search.sampler,
             "racing": self.search_file.search.racing,
+            **{key: value for key, value in cma.items() if value is not None},
             "checkpoints": {
                 reference: self.sources.architecture(reference).checkpoint.fingerprint()
                 for reference in (*self.references(), *self.tasks.references())
@@ -78,8 +83,10 @@ class Plan:
 
     @property
     def n_layers(self) -> int:
-        """Layers of the donor, which `layer_granularity` divides."""
-        return self.sources.architecture(donor(self.start)).n_layers
+        """Layers of which groups are made: the donor's, or those of a genome's first model."""
+        space = self.space
+        model = space.genome.models[0] if isinstance(space, GenomeSpace) else donor(self.start)
+        return self.sources.architecture(model).n_layers
 
     def references(self) -> list[str]:
         """Every model that some candidate of the space may use."""
@@ -89,9 +96,15 @@ class Plan:
         """Say per task how its documents were split."""
         return {
             task.key: f"{task.n_documents('search')} search, {task.n_documents('holdout')} holdout, "
-            f"drawn by seed {self.tasks.seed}"
+            f"{self._drawn()}"
             for task in self.tasks.tasks
         }
+
+    def _drawn(self) -> str:
+        """Say how documents were chosen."""
+        if self.search_file.scoring.draw == "first":
+            return "the first ones for the search"
+        return f"drawn by seed {self.tasks.seed}"
 
 
 def make_plan(
@@ -149,6 +162,12 @@ def make_plan(
         faults += reference_faults(tasks.tasks, start, sources)
     if faults or tasks is None:
         raise SearchFileError(faults)
+    notes = [*space.notes, *tasks.notes]
+    if search_file.scoring.holdout and not all(task.n_documents("holdout") for task in tasks.tasks):
+        # As in lm-eval the search documents come first, and here they leave none.
+        notes.append(_why_no_holdout(search_file, tasks))
+        search_file = search_file.changed(scoring={"holdout": 0.0})
+        tasks = tasks.without_holdout()
     reference = donor(start)
     setup = WorkerSetup(
         backend=backend,
@@ -166,7 +185,15 @@ def make_plan(
         allow_unsafe_code=allow_unsafe_code,
         signal=search_file.search.signal,
     )
-    return Plan(search_file, space, tasks, sources, start, setup, why)
+    return Plan(search_file, space, tasks, sources, start, setup, why, tuple(notes))
+
+
+def _why_no_holdout(search_file: SearchFile, tasks: TaskSet) -> str:
+    limit = search_file.scoring.limit
+    if limit is None:
+        return "without a limit every document is searched on: there is no holdout and no verdict"
+    whole = ", ".join(task.key for task in tasks.tasks if not task.n_documents("holdout"))
+    return f"limit is {limit}, which takes every document of {whole}: there is no holdout and no verdict"
 
 
 def _race(search_file: SearchFile, tasks: TaskSet) -> Race | None:

@@ -63,6 +63,8 @@ class ProgressLine:
                 f"{plan.search_file.search.sampler} ({plan.why_sampler}), {plan.tasks.n_documents} "
                 f"search documents a candidate; starting the {plan.setup.backend} engine"
             )
+            for note in plan.notes:
+                self._say(f"note: {note}")
         elif event == "started":
             self._began = time.monotonic()
             self._n_before = len(done)

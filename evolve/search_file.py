@@ -1,7 +1,8 @@
 """The search file: a merge recipe in which a value may be a range, plus tasks and settings.
 
 Everything outside `tasks`, `search` and `scoring` is the recipe; `evolve.space` turns its ranges
-into variables. This module reads and validates the rest.
+into variables. This module reads and validates the rest. A file with `genome:` is a
+mergekit-evolve file; `evolve.mergekit_file` puts it in these words.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evolve.errors import SearchFileError
+from evolve.genome import GenomeSpace
+from evolve.mergekit_file import MergekitFile, in_our_words
 from evolve.space import SearchSpace, Space
 from merge_core.errors import RecipeError, nearest, schema_faults
 from merge_core.plan import donor
@@ -47,6 +50,9 @@ class TaskSpec(_Section):
     """Of `kl_divergence`: the model whose distributions a candidate is held against."""
     positions: int | None = Field(default=None, ge=1)
     """Of `kl_divergence`: next-token distributions a document."""
+
+    is_signed: ClassVar[bool] = False
+    """Whether the sign of `weight`, and not the metric, says what is better."""
 
     @property
     def kind(self) -> str:
@@ -82,6 +88,26 @@ class TaskSpec(_Section):
             for key, value in self.model_dump(mode="json").items()
             if value is not None or key == "metric"
         }
+
+
+class SignedTaskSpec(TaskSpec):
+    """An entry of a mergekit-evolve file: weight * value is added as written."""
+
+    metric: str | None = "acc,none"
+    weight: float = 1.0
+
+    is_signed: ClassVar[bool] = True
+
+    def faults(self, field: str) -> list[str]:
+        """List what such a file cannot name."""
+        if self.kind != "task":
+            return [
+                f"{field}.name is {self.name!r}; beside genome: only lm-eval tasks can be named, write a "
+                f"search file with ranges for other objectives"
+            ]
+        if self.direction is not None:
+            return [f"{field}.direction is {self.direction!r}; the sign of weight says it, remove it"]
+        return super().faults(field)
 
 
 # What is no lm-eval task: for each kind the keys it takes and those it cannot do without.
@@ -130,6 +156,10 @@ class SearchSettings(_Section):
     seed: int = Field(default=0, ge=0)
     layer_granularity: int = Field(default=0, ge=0)
     """Layers a group; 0 = off."""
+    sigma0: float | None = Field(default=None, gt=0, le=1)
+    """Of cma: the first standard deviation, as a share of each range; null = the sampler's own."""
+    population_size: int | None = Field(default=None, ge=2)
+    """Of cma: candidates a generation; null = the sampler's own."""
     racing: Literal["auto", "always", "none"] = "auto"
     """Whether candidates are asked blocks of documents first; `auto`: where it saves most of them."""
     signal: Signal = "metric"
@@ -155,10 +185,15 @@ class ScoringSettings(_Section):
     """Search documents a task, drawn by seed; null = all."""
     holdout: float = Field(default=0.5, ge=0)
     """Documents a task kept for the verdict: below 1 a share, else a count."""
+    draw: Literal["seeded", "first", "shuffled"] = "seeded"
+    """`first`: of each lm-eval task the first `limit` documents are searched on, as in lm-eval, and
+    the holdout comes from those after them; `shuffled`: likewise, in an order drawn by seed."""
     split: Literal["test", "validation", "train"] = "test"
     """Which documents are preferred, search and holdout, where a task has them; `test`: lm-eval's own."""
     num_fewshot: int | None = Field(default=None, ge=0)
     apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    """Whether, with a chat template, few-shot examples are turns of a conversation."""
     system_instruction: str | None = None
     """Stands before every prompt, as lm-eval's option of that name."""
     task_paths: list[str] = Field(default_factory=lambda: ["tasks"])
@@ -174,8 +209,8 @@ class ScoringSettings(_Section):
 
 
 class _Settings(_Section):
-    tasks: list[TaskSpec] = Field(default_factory=list)
-    report_only: list[TaskSpec] = Field(default_factory=list)
+    tasks: Sequence[TaskSpec] = Field(default_factory=list)
+    report_only: Sequence[TaskSpec] = Field(default_factory=list)
     search: SearchSettings = Field(default_factory=SearchSettings)
     scoring: ScoringSettings = Field(default_factory=ScoringSettings)
 
@@ -192,6 +227,11 @@ class _Settings(_Section):
     @classmethod
     def _empty_section(cls, value: Any) -> Any:
         return {} if value is None else value
+
+
+class _MergekitSettings(_Settings):
+    tasks: Sequence[SignedTaskSpec] = Field(default_factory=list)
+    report_only: Sequence[SignedTaskSpec] = Field(default_factory=list)
 
 
 def _autos(section: SearchSettings | ScoringSettings) -> list[str]:
@@ -212,32 +252,34 @@ class SearchFile:
     """A parsed search file.
 
     Attributes:
-        template: the recipe as written, ranges included.
+        template: the recipe as written, ranges included; of a mergekit-evolve file the genome.
         tasks: TaskSpecs, in order.
         report_only: TaskSpecs that only winner and baselines are scored on.
         search: SearchSettings.
         scoring: ScoringSettings.
+        is_mergekit: whether it is a mergekit-evolve file.
         name: what the search is called: the file's stem.
     """
 
     def __init__(self, data: Mapping[str, Any], name: str = "search") -> None:
         self.name = name
+        faults: list[str] = []
+        self.is_mergekit = "genome" in data
+        if self.is_mergekit:
+            data = in_our_words(data, faults)
         self.template = {key: value for key, value in data.items() if key not in SECTIONS}
-        if "genome" in data:
-            raise SearchFileError(
-                "genome: this is a mergekit-evolve file, which is not read yet; write the recipe "
-                "with ranges in place of numbers instead"
-            )
-        known = {*Recipe.model_fields, *SECTIONS}
-        faults = [
+        known = {*(MergekitFile if self.is_mergekit else Recipe).model_fields, *SECTIONS}
+        faults += [
             f"{key}: unknown key {key!r}; {nearest(str(key), known)}"
             for key in self.template
             if key not in known
         ]
-        if not {"merge_method", "slices", "modules"} & set(data):  # slices may have their own
+        # Slices may have methods of their own.
+        if not self.is_mergekit and not {"merge_method", "slices", "modules"} & set(data):
             faults.append("merge_method is missing; it is required, add it")
+        schema = _MergekitSettings if self.is_mergekit else _Settings
         try:
-            settings = _Settings.model_validate({k: data[k] for k in SECTIONS if k in data})
+            settings = schema.model_validate({k: data[k] for k in SECTIONS if k in data})
         except ValidationError as error:
             faults += schema_faults(error, _KNOWN_KEYS)
         else:
@@ -282,7 +324,9 @@ class SearchFile:
         """
         data = self.as_dict()
         named = {task.name for task in self.tasks}
-        data["tasks"] += [{"name": name} for name in dict.fromkeys(tasks) if name not in named]
+        data["tasks"] += [
+            {"name": name, "metric": None} for name in dict.fromkeys(tasks) if name not in named
+        ]
         for section, options in (("search", search), ("scoring", scoring)):
             data[section] |= {k: v for k, v in (options or {}).items() if v is not None}
         return SearchFile(data, self.name)
@@ -296,6 +340,10 @@ class SearchFile:
         Raises:
             SearchFileError: with every fault of the ranges and of the recipes they span.
         """
+
+        if self.is_mergekit:
+            file = MergekitFile.model_validate(self.template)
+            return GenomeSpace(file.genome, n_layers, self.search.seed if file.random_init else None)
 
         def of_the_merge() -> int:
             plain = Space(self.template)

@@ -95,13 +95,17 @@ def _floor(noise: Noise | None) -> float:
     return noise.floor if noise else 0.0
 
 
-def baseline_jobs(start: Recipe, prompting: Prompting) -> list[Job]:
+def baseline_jobs(
+    start: Recipe, prompting: Prompting, references: Sequence[str] | None = None
+) -> list[Job]:
     """List the baselines: each model alone, the plain average, the recipe at its starts.
+
+    `references` are the models, where the recipe at its starts does not name them all.
 
     A model alone is asked as the merge will be, and also as its owner would ask it where that
     differs.
     """
-    references = start.references()
+    references = references or start.references()
     jobs = []
     for reference in references:
         own = Prompting(reference, _has_chat_template(reference))

@@ -72,12 +72,20 @@ def resolve_sampler(name: str, space: SearchSpace, n_objectives: int = 1) -> tup
     return "cma", f"{len(space.variables)} numeric variables"
 
 
-def make_sampler(name: str, space: SearchSpace, seed: int, n_objectives: int = 1) -> Sampler:
-    """Build a sampler by its resolved name."""
+def make_sampler(
+    name: str,
+    space: SearchSpace,
+    seed: int,
+    n_objectives: int = 1,
+    *,
+    sigma0: float | None = None,
+    population_size: int | None = None,
+) -> Sampler:
+    """Build a sampler by its resolved name; the last two are cma's."""
     if name == "cma":
         from evolve.samplers.cma import CmaSampler
 
-        return CmaSampler(space, seed)
+        return CmaSampler(space, seed, sigma0, population_size)
     if name == "qmc":
         from evolve.samplers.qmc import QmcSampler
 

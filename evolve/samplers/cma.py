@@ -45,15 +45,18 @@ class _Normal:
 class CmaSampler:
     """pycma, replayed from what each trial recorded: generation, index, vector.
 
-    Attributes:
-        popsize: candidates a generation, 4 + floor(3 ln n), as in the tutorial.
+    Args:
+        sigma0: first standard deviation, as a share of each range; None = SIGMA0.
+        popsize: candidates a generation; None = 4 + floor(3 ln n), as in the tutorial.
     """
 
-    def __init__(self, space: SearchSpace, seed: int) -> None:
+    def __init__(
+        self, space: SearchSpace, seed: int, sigma0: float | None = None, popsize: int | None = None
+    ) -> None:
         self._space = space
         self._normal = _Normal(seed)
         n = len(space.variables)
-        self.popsize = 4 + math.floor(3 * math.log(n))
+        self.popsize = popsize or 4 + math.floor(3 * math.log(n))
         starts = space.starts()
         start = [variable.to_unit(starts[variable.name]) for variable in space.variables]
         with warnings.catch_warnings():
@@ -61,7 +64,7 @@ class CmaSampler:
             self._strategy = cma.CMAEvolutionStrategy(
                 # A start on the border has no neighbourhood on one side; step in a little.
                 np.clip(start, 0.02, 0.98),
-                SIGMA0,
+                sigma0 or SIGMA0,
                 {
                     "bounds": [0, 1],
                     "popsize": self.popsize,

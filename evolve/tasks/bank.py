@@ -85,7 +85,13 @@ class RequestBank:
     def _instances(self, split: Split) -> dict[tuple[str, int], list[Instance]]:
         """Build the requests of a split's documents, or recall them."""
         if split not in self._built:
-            prompts = Prompts(self.lm, self.apply_chat_template, self.tasks.scoring.system_instruction)
+            scoring = self.tasks.scoring
+            prompts = Prompts(
+                self.lm,
+                self.apply_chat_template,
+                scoring.fewshot_as_multiturn,
+                scoring.system_instruction,
+            )
             self._built[split] = {
                 (leaf.name, number): instances
                 for leaf in _asked_leaves(self.tasks.tasks).values()

@@ -1,4 +1,8 @@
-"""The draw: which documents of a task rank candidates, and which are kept for the verdict."""
+"""The draw: which documents of a task rank candidates, and which are kept for the verdict.
+
+There are two ways. Ours draws by seed and takes the holdout first, so that another `limit` leaves
+it as it is. lm-eval's takes the first `limit` documents of each task; the holdout follows them.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +54,12 @@ class Leaf:
 def draw(
     named: Mapping[str, Sequence[Any]], scoring: ScoringSettings, seed: int
 ) -> dict[str, tuple[Leaf, ...]]:
-    """Split the documents of all entries by seed: holdout first, then at most `limit` for the search.
+    """Split the documents of all entries, at most `limit` for the search and some for the holdout.
 
     For a group both counts are spread over its leaves in proportion, with at least one search
-    document a leaf. Entries over the same documents, such as a group and one of its leaves, share
-    one order of them, so that what one keeps for the verdict no other searches on.
+    document a leaf; lm-eval's way counts `limit` for each leaf, and may leave no holdout. Entries
+    over the same documents, such as a group and one of its leaves, share one order of them, so
+    that what one keeps for the verdict no other searches on.
 
     Args:
         named: by what the user named, its lm-eval tasks; leaves of a group are named behind it.
@@ -62,20 +67,28 @@ def draw(
     Returns:
         By name the leaves.
     """
-    shares = [share for name, tasks in named.items() for share in _shares(name, tasks, scoring)]
+    has_search_first = scoring.draw != "seeded"
+    make_shares = _shares_of_the_first if has_search_first else _shares
+    shares = [share for name, tasks in named.items() for share in make_shares(name, tasks, scoring)]
     orders: dict[str, list[int]] = {}
-    kept: dict[str, int] = {}
+    taken: dict[str, int] = {}  # by the split that comes first
     for share in shares:
         if share.data not in orders:
             orders[share.data] = list(range(len(share.docs)))
-            random.Random(f"{seed}:{share.name}:{share.task.task_name}").shuffle(orders[share.data])
-        kept[share.data] = max(kept.get(share.data, 0), share.n_holdout)
+            if scoring.draw != "first":
+                random.Random(f"{seed}:{share.name}:{share.task.task_name}").shuffle(orders[share.data])
+        n_first = share.n_search if has_search_first else share.n_holdout
+        taken[share.data] = max(taken.get(share.data, 0), n_first)
     leaves: dict[str, list[Leaf]] = {name: [] for name in named}
     for share in shares:
-        order, first = orders[share.data], kept[share.data]
+        order, behind = orders[share.data], taken[share.data]
+        at: dict[Split, int] = {
+            "holdout": behind if has_search_first else 0,
+            "search": 0 if has_search_first else behind,
+        }
         documents: dict[Split, tuple[int, ...]] = {
-            "holdout": tuple(sorted(order[: share.n_holdout])),
-            "search": tuple(sorted(order[first : first + share.n_search])),
+            "holdout": tuple(sorted(order[at["holdout"] :][: share.n_holdout])),
+            "search": tuple(sorted(order[at["search"] :][: share.n_search])),
         }
         task_name = share.task.task_name
         its_name = share.name if task_name == share.name else f"{share.name}/{task_name}"
@@ -98,10 +111,7 @@ class _Share:
 def _shares(name: str, tasks: Sequence[Any], scoring: ScoringSettings) -> list[_Share]:
     docs = [task.eval_docs for task in tasks]
     sizes = [len(documents) for documents in docs]
-    total = sum(sizes)
-    share = scoring.holdout
-    wanted = math.floor(share * total) if share < 1 else int(share)
-    held = _spread(min(wanted, total // 2), sizes, [max(n - 1, 0) for n in sizes], floor=0)
+    held = _held(scoring.holdout, sizes, [max(n - 1, 0) for n in sizes])
     rest = [n - h for n, h in zip(sizes, held, strict=True)]
     limit = sum(rest) if scoring.limit is None else scoring.limit
     searched = _spread(limit, rest, rest, floor=1)
@@ -109,6 +119,25 @@ def _shares(name: str, tasks: Sequence[Any], scoring: ScoringSettings) -> list[_
         _Share(name, task, its_docs, _data(task, len(its_docs)), h, s)
         for task, its_docs, h, s in zip(tasks, docs, held, searched, strict=True)
     ]
+
+
+def _shares_of_the_first(name: str, tasks: Sequence[Any], scoring: ScoringSettings) -> list[_Share]:
+    """Take `limit` documents of each leaf, and the holdout from what is left."""
+    docs = [task.eval_docs for task in tasks]
+    sizes = [len(documents) for documents in docs]
+    searched = [n if scoring.limit is None else min(scoring.limit, n) for n in sizes]
+    held = _held(scoring.holdout, sizes, [n - s for n, s in zip(sizes, searched, strict=True)])
+    return [
+        _Share(name, task, its_docs, _data(task, len(its_docs)), h, s)
+        for task, its_docs, h, s in zip(tasks, docs, held, searched, strict=True)
+    ]
+
+
+def _held(share: float, sizes: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Count the holdout of each leaf: a share or a number, at most half of all, and `most` of each."""
+    total = sum(sizes)
+    wanted = math.floor(share * total) if share < 1 else int(share)
+    return _spread(min(wanted, total // 2), sizes, most, floor=0)
 
 
 def _data(task: Any, n: int) -> str:

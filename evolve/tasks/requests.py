@@ -30,13 +30,15 @@ class Prompts:
 
     Attributes:
         lm: gives the chat template.
-        apply_chat_template: wrap prompts in it; few-shot examples then are turns of a
-            conversation, as lm-eval does by default.
+        apply_chat_template: wrap prompts in it.
+        fewshot_as_multiturn: few-shot examples then are turns of a conversation, as lm-eval does
+            by default.
         system_instruction: stands before every prompt.
     """
 
     lm: LM
     apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
     system_instruction: str | None = None
 
     def build(self, leaf: Leaf, numbers: Iterable[int]) -> dict[int, list[Instance]]:
@@ -77,7 +79,7 @@ class Prompts:
             num_fewshot=n_shots,
             system_instruction=self.system_instruction,
             apply_chat_template=self.apply_chat_template,
-            fewshot_as_multiturn=self.apply_chat_template,
+            fewshot_as_multiturn=self.apply_chat_template and self.fewshot_as_multiturn,
             chat_template=template,
             gen_prefix=task.doc_to_prefix(doc),
         )

@@ -23,10 +23,10 @@ class ScoredTask:
 
     Attributes:
         key: how the score is called.
-        weight: share in the objective, > 0.
+        weight: share in the objective, not negative.
         metric, filter: which of the task's values counts.
         leaves: one for a plain task, several for a group.
-        higher_is_better: the metric's own direction.
+        higher_is_better: the metric's own direction, or what the entry's sign says.
         weight_by_size: how a group averages its leaves; None for a plain task.
     """
 

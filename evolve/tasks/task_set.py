@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -32,6 +33,7 @@ class TaskSet:
 
     Attributes:
         tasks: one ScoredTask an entry, in order.
+        notes: what a user should know of them, one line each.
 
     Raises:
         SearchFileError: unknown tasks or metrics, with every fault found.
@@ -83,7 +85,10 @@ class TaskSet:
         for i, task in found.items():
             faults += _against_direction(f"tasks[{i}]", specs[i], task)
         self.tasks = [replace(task, key=_key(specs[i], task, specs)) for i, task in sorted(found.items())]
-        if scoring.holdout:
+        self.notes = [
+            note for i, task in found.items() for note in _against_metric(f"tasks[{i}]", specs[i], task)
+        ]
+        if scoring.holdout and scoring.draw == "seeded":
             faults += [
                 f"scoring.holdout is {scoring.holdout:g}, which keeps no document of {task.key}; raise "
                 f"it, or set it to 0"
@@ -94,6 +99,20 @@ class TaskSet:
         faults += [f"tasks: {key} stands {n} times; name it once" for key, n in keys.items() if n > 1]
         if faults:
             raise SearchFileError(faults)
+
+    def without_holdout(self) -> TaskSet:
+        """Return the set with no document kept for the verdict."""
+        other = copy(self)
+        other.tasks = [
+            replace(
+                task,
+                leaves=tuple(
+                    replace(leaf, documents={**leaf.documents, "holdout": ()}) for leaf in task.leaves
+                ),
+            )
+            for task in self.tasks
+        ]
+        return other
 
     def _texts(self, faults: list[str]) -> dict[str | None, Leaf]:
         """Read the text files that entries name, and draw their documents; by file."""
@@ -170,7 +189,7 @@ class TaskSet:
         return {task.key: task.score(outcomes[task.key]) for task in self.tasks}
 
     def objective(self, scores: Mapping[str, float]) -> float:
-        """Return the weighted sum, maximised: lower-is-better metrics count negative."""
+        """Return the weighted sum, maximised: what is better when it is less counts negative."""
         return sum(task.sign * task.weight * scores[task.key] for task in self.tasks)
 
 
@@ -198,6 +217,17 @@ def _against_direction(field: str, spec: TaskSpec, task: ScoredTask) -> list[str
         f"{field}.direction is {spec.direction!r}, but {what} is better when it is "
         f"{'higher' if task.higher_is_better else 'lower'}; remove direction"
     ]
+
+
+def _against_metric(field: str, spec: TaskSpec, task: ScoredTask) -> Iterator[str]:
+    """Say where an entry's sign asks for the worse end of its metric."""
+    own = task.leaves[0].task.higher_is_better().get(task.metric)
+    if spec.is_signed and own is not None and bool(own) != task.higher_is_better:
+        which, asks = ("higher", "less") if own else ("lower", "more")
+        yield (
+            f"{field}.weight is {spec.weight:g}: {task.metric} of {spec.name} is better when it is "
+            f"{which}, and this search asks for {asks} of it, as weight * value says"
+        )
 
 
 def _scored(field: str, spec: TaskSpec, item: Loaded, leaves: tuple[Leaf, ...]) -> ScoredTask:
@@ -235,7 +265,7 @@ def _scored(field: str, spec: TaskSpec, item: Loaded, leaves: tuple[Leaf, ...]) 
         raise SearchFileError(f"{field}.name is {spec.name!r}, which has no documents to search on")
     return ScoredTask(
         key=spec.name,
-        weight=spec.weight,
+        weight=abs(spec.weight),
         metric=metric,
         filter=filter_name,
         leaves=tuple(having),
@@ -250,7 +280,10 @@ def _has(leaf: Leaf, metric: str, filter_name: str, may_show_later: bool) -> boo
 
 
 def _is_higher_better(field: str, spec: TaskSpec, metric: str, leaves: Sequence[Leaf]) -> bool:
-    """Return the metric's own direction, or the entry's where it has none."""
+    """Return what the sign of a signed entry says, else the metric's own direction, or the entry's
+    where it has none."""
+    if spec.is_signed:
+        return spec.weight >= 0
     own: set[Any] = {leaf.task.higher_is_better().get(metric) for leaf in leaves}
     if own == {None} and spec.direction is not None:
         return spec.direction == "maximize"

@@ -96,6 +96,15 @@ def test_a_group_spreads_its_counts_over_its_leaves(group_folder: str) -> None:
     assert [len(leaf.documents["search"]) for leaf in task.leaves] == [5, 1]
 
 
+def test_lm_evals_limit_counts_every_leaf_of_a_group(group_folder: str) -> None:
+    options = {"task_paths": [group_folder], "draw": "first", "holdout": 0.5}
+    (task,) = task_set(["g_both"], limit=5, **options).tasks
+    assert [leaf.documents["search"] for leaf in task.leaves] == [tuple(range(5))] * 2
+    assert [leaf.documents["holdout"] for leaf in task.leaves] == [tuple(range(5, 22)), (5,)]
+    (task,) = task_set(["g_both"], limit=None, **options).tasks
+    assert [task.n_documents(split) for split in ("search", "holdout")] == [36, 0]
+
+
 def test_every_leaf_of_a_group_has_a_search_document(group_folder: str) -> None:
     (task,) = task_set(["g_both"], task_paths=[group_folder], limit=1, holdout=0.5).tasks
     assert [len(leaf.documents["search"]) for leaf in task.leaves] == [1, 1]
@@ -103,10 +112,11 @@ def test_every_leaf_of_a_group_has_a_search_document(group_folder: str) -> None:
 
 @pytest.mark.parametrize("names", [["g_both", "g_big"], ["g_big", "g_both"], ["g_small", "g_rolling"]])
 @pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("draw", ["seeded", "first", "shuffled"])
 def test_what_one_entry_keeps_for_the_verdict_no_other_searches_on(
-    group_folder: str, names: list[str], limit: int | None
+    group_folder: str, names: list[str], limit: int | None, draw: str
 ) -> None:
-    tasks = task_set(names, task_paths=[group_folder], limit=limit, holdout=0.4)
+    tasks = task_set(names, task_paths=[group_folder], limit=limit, holdout=0.4, draw=draw)
     searched: dict[str, set[int]] = {}
     kept: dict[str, set[int]] = {}
     for task in tasks.tasks:
