@@ -163,11 +163,8 @@ def make_plan(
     if faults or tasks is None:
         raise SearchFileError(faults)
     notes = [*space.notes, *tasks.notes]
-    if search_file.scoring.holdout and not all(task.n_documents("holdout") for task in tasks.tasks):
-        # As in lm-eval the search documents come first, and here they leave none.
-        notes.append(_why_no_holdout(search_file, tasks))
+    if not tasks.has_holdout:
         search_file = search_file.changed(scoring={"holdout": 0.0})
-        tasks = tasks.without_holdout()
     reference = donor(start)
     setup = WorkerSetup(
         backend=backend,
@@ -186,14 +183,6 @@ def make_plan(
         signal=search_file.search.signal,
     )
     return Plan(search_file, space, tasks, sources, start, setup, why, tuple(notes))
-
-
-def _why_no_holdout(search_file: SearchFile, tasks: TaskSet) -> str:
-    limit = search_file.scoring.limit
-    if limit is None:
-        return "without a limit every document is searched on: there is no holdout and no verdict"
-    whole = ", ".join(task.key for task in tasks.tasks if not task.n_documents("holdout"))
-    return f"limit is {limit}, which takes every document of {whole}: there is no holdout and no verdict"
 
 
 def _race(search_file: SearchFile, tasks: TaskSet) -> Race | None:

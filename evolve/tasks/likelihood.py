@@ -84,7 +84,7 @@ def likelihood_of(task: ScoredTask) -> Likelihood | None:
         metric=METRIC,
         filter="none",
         leaves=tuple(leaves),
-        higher_is_better=True,
+        higher_is_better=not task.is_against_metric,
     )
 
 

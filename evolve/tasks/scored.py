@@ -50,6 +50,12 @@ class ScoredTask:
         """+1 where more is better, -1 where less is."""
         return 1 if self.higher_is_better else -1
 
+    @property
+    def is_against_metric(self) -> bool:
+        """Whether the worse end of the metric is asked for, as a signed entry may."""
+        own = self.leaves[0].task.higher_is_better().get(self.metric)
+        return own is not None and bool(own) != self.higher_is_better
+
     @cached_property
     def _is_mean(self) -> bool:
         from lm_eval.api.metrics import mean

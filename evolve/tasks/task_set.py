@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -85,10 +84,13 @@ class TaskSet:
         for i, task in found.items():
             faults += _against_direction(f"tasks[{i}]", specs[i], task)
         self.tasks = [replace(task, key=_key(specs[i], task, specs)) for i, task in sorted(found.items())]
-        self.notes = [
-            note for i, task in found.items() for note in _against_metric(f"tasks[{i}]", specs[i], task)
-        ]
-        if scoring.holdout and scoring.draw == "seeded":
+        self.notes = []
+        if scoring.draw != "seeded":
+            # The search documents come first, and may leave none.
+            self.notes = list(_notes(specs, found, scoring))
+            if not self.has_holdout:
+                self.tasks = [_without_holdout(task) for task in self.tasks]
+        elif scoring.holdout:
             faults += [
                 f"scoring.holdout is {scoring.holdout:g}, which keeps no document of {task.key}; raise "
                 f"it, or set it to 0"
@@ -99,20 +101,6 @@ class TaskSet:
         faults += [f"tasks: {key} stands {n} times; name it once" for key, n in keys.items() if n > 1]
         if faults:
             raise SearchFileError(faults)
-
-    def without_holdout(self) -> TaskSet:
-        """Return the set with no document kept for the verdict."""
-        other = copy(self)
-        other.tasks = [
-            replace(
-                task,
-                leaves=tuple(
-                    replace(leaf, documents={**leaf.documents, "holdout": ()}) for leaf in task.leaves
-                ),
-            )
-            for task in self.tasks
-        ]
-        return other
 
     def _texts(self, faults: list[str]) -> dict[str | None, Leaf]:
         """Read the text files that entries name, and draw their documents; by file."""
@@ -127,6 +115,11 @@ class TaskSet:
                 continue
             (texts[spec.text],) = draw({spec.text: [task]}, self.scoring, self.seed)[spec.text]
         return texts
+
+    @property
+    def has_holdout(self) -> bool:
+        """Whether every entry has documents for the verdict."""
+        return all(task.n_documents("holdout") for task in self.tasks)
 
     @property
     def n_documents(self) -> int:
@@ -219,15 +212,32 @@ def _against_direction(field: str, spec: TaskSpec, task: ScoredTask) -> list[str
     ]
 
 
-def _against_metric(field: str, spec: TaskSpec, task: ScoredTask) -> Iterator[str]:
-    """Say where an entry's sign asks for the worse end of its metric."""
-    own = task.leaves[0].task.higher_is_better().get(task.metric)
-    if spec.is_signed and own is not None and bool(own) != task.higher_is_better:
-        which, asks = ("higher", "less") if own else ("lower", "more")
+def _notes(
+    specs: Sequence[TaskSpec], found: Mapping[int, ScoredTask], scoring: ScoringSettings
+) -> Iterator[str]:
+    """Say where a weight's sign asks for the worse end of a metric, and why there is no holdout."""
+    for i, task in found.items():
+        if specs[i].is_signed and task.is_against_metric:
+            which, asks = ("less", "more") if task.higher_is_better else ("more", "less")
+            yield (
+                f"tasks[{i}].weight is {specs[i].weight:g}: {which} {task.metric} of {specs[i].name} is "
+                f"better, and this search asks for {asks}, as weight * value says"
+            )
+    whole = [task.key for task in found.values() if not task.n_documents("holdout")]
+    if not scoring.holdout or not whole:
+        return
+    if scoring.limit is None:
+        yield "without a limit every document is searched on: there is no holdout and no verdict"
+    else:
         yield (
-            f"{field}.weight is {spec.weight:g}: {task.metric} of {spec.name} is better when it is "
-            f"{which}, and this search asks for {asks} of it, as weight * value says"
+            f"limit is {scoring.limit}, which takes every document of {', '.join(whole)}: there is no "
+            f"holdout and no verdict"
         )
+
+
+def _without_holdout(task: ScoredTask) -> ScoredTask:
+    leaves = (replace(leaf, documents={**leaf.documents, "holdout": ()}) for leaf in task.leaves)
+    return replace(task, leaves=tuple(leaves))
 
 
 def _scored(field: str, spec: TaskSpec, item: Loaded, leaves: tuple[Leaf, ...]) -> ScoredTask:

@@ -17,6 +17,7 @@ from evolve.plan import make_plan
 from evolve.search_file import ScoringSettings, SearchFile
 from evolve.study import Study, load_outcomes
 from evolve.tasks import TaskSet
+from merge_core.merge import save_merged
 from merge_core.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,29 @@ def test_best_yml_names_the_users_models_and_scores_as_recorded(finished: StudyR
     (scored,) = evaluate_models([str(best)], EvalOptions(like=finished.study.folder))
     assert finished.best is not None
     assert scored["scores"] == finished.best.user_attrs["scores"]
+
+
+def test_a_candidates_scores_are_lm_evals_with_the_same_limit(
+    finished: StudyResult, tmp_path: Path
+) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    trial = finished.study.trials()[3]
+    save_merged(make_plan(example()).space.recipe(trial.params), tmp_path / "out")
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(tmp_path / "out"), "dtype": "bfloat16"},
+        tasks=list(trial.user_attrs["scores"]),
+        limit=8,
+        device="cpu",
+        batch_size=8,
+        task_manager=TaskManager(include_path=str(ROOT / "tasks"), include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]
+    metrics = {"qs_reverse": "exact_match", "qs_sort": "exact_match", "qs_largest": "acc"}
+    theirs = {task: results[task][f"{metric},none"] for task, metric in metrics.items()}
+    assert theirs == trial.user_attrs["scores"]
 
 
 def test_the_resolved_file_is_the_same_search(finished: StudyResult, tmp_path: Path) -> None:
@@ -143,8 +167,9 @@ def test_a_negative_weight_asks_for_less() -> None:
         {"name": "qs_reverse", "metric": "exact_match,none", "weight": -2},
         {"name": "qs_largest", "weight": 3},
     ]
-    plan = make_plan(SearchFile(data))
+    plan = make_plan(SearchFile(data).changed(search={"signal": "both"}))
     assert plan.tasks.objective({"qs_reverse": 0.5, "qs_largest": 0.25}) == -2 * 0.5 + 3 * 0.25
+    assert [task.sign for task in plan.tasks.following("both").tasks] == [-1, 1, -1, 1]
     (note,) = (note for note in plan.notes if "weight" in note)
     assert "tasks[0].weight is -2" in note
 
