@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evolve.errors import SearchFileError
 from evolve.space import SearchSpace, Value, Variable
+from evolve.space.tree import differences
 from merge_core.errors import RecipeError
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe, Reference
@@ -279,25 +280,24 @@ class GenomeSpace(SearchSpace):
         return [self.recipe(self.starts()), *(self.recipe(self.named(each)) for each in raised)]
 
     def values(self, recipe: Recipe) -> dict[str, Value]:
-        """Return values that make this recipe.
-
-        Raises:
-            ValueError: no values within their bounds do.
-        """
+        """Return values that make this recipe, see SearchSpace."""
         try:
             genotype = self._scores(recipe) if self.genome.is_slerp else self._read(recipe)
             found = self.named(genotype)
             made = self.recipe(found)
         except (LookupError, TypeError, ValueError, ArithmeticError, RecipeError):
-            made = None
-        if made is None or not _equal(made, recipe):
-            raise ValueError("the recipe is not one that this genome can stand for")
+            raise SearchFileError(
+                f"the recipe is none that genome: with {self.genome.merge_method} stands for; give one "
+                f"of its own form"
+            ) from None
+        faults = list(differences(made.as_config(), recipe.as_config()))
         for variable in self.variables:
-            if not variable.low <= float(found[variable.name]) <= variable.high:  # type: ignore[arg-type]
-                raise ValueError(
-                    f"{variable.name} is {found[variable.name]}, outside of "
-                    f"[{variable.low:g}, {variable.high:g}]"
+            if not variable.low <= (value := float(found[variable.name])) <= variable.high:  # type: ignore[arg-type]
+                faults.append(
+                    f"{variable.name} is {value:g}; the space has [{variable.low:g}, {variable.high:g}]"
                 )
+        if faults:
+            raise SearchFileError(faults)
         return found
 
     def _read(self, recipe: Recipe) -> np.ndarray:
@@ -320,16 +320,3 @@ class GenomeSpace(SearchSpace):
             genotype[g, :other] = 0.0  # an equal score that comes first would be chosen instead
             genotype[g, base] = start + math.log((1 - t) / t)
         return genotype
-
-
-def _equal(one: Recipe, other: Recipe) -> bool:
-    """Compare recipes, t of slerp up to rounding."""
-    return bool(_rounded(one.as_config()) == _rounded(other.as_config()))
-
-
-def _rounded(config: Any) -> Any:
-    if isinstance(config, dict):
-        return {key: _rounded(value) for key, value in config.items()}
-    if isinstance(config, list):
-        return [_rounded(value) for value in config]
-    return round(config, 12) if isinstance(config, float) else config

@@ -158,10 +158,10 @@ def test_values_is_the_inverse_of_recipe(genome: dict[str, Any]) -> None:
 def test_a_recipe_that_is_not_in_the_space_has_no_values() -> None:
     space = space_of(GENOMES["ties"])
     other = space_of(GENOMES["ties, filtered"])
-    with pytest.raises(ValueError, match="not one that this genome"):
+    with pytest.raises(SearchFileError, match="none that genome: with ties stands for"):
         space.values(other.recipe(other.starts()))
     large = {**space.starts(), "models[0].weight[1]": 2.5}
-    with pytest.raises(ValueError, match=r"weight\[1\] is 2.5, outside of \[0, 2\]"):
+    with pytest.raises(SearchFileError, match=r"weight\[1\] is 2.5; the space has \[0, 2\]"):
         space.values(space.recipe(large))
 
 
