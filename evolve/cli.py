@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from evolve.errors import PausedError, PushError, SearchStoppedError, StorageError, TrialError
+from evolve.mergekit_flags import CONSENT, MergekitFlags, with_mergekit_flags
 from evolve.merging import merge
 from evolve.method_table import methods
 from merge_core.errors import HubUnreachableError, MergeError
 
 if TYPE_CHECKING:
+    from evolve.search_file import SearchFile
     from evolve.study import Study
     from evolve.verdict import Verdict
 
@@ -55,6 +57,7 @@ BackendOption = Annotated[str | None, typer.Option(help="engine: hf or vllm")]
 
 
 @app.command()
+@with_mergekit_flags
 def run(
     search: Annotated[Path, typer.Argument(help="search file", metavar="SEARCH.yml")],
     n_iterations: Annotated[int | None, typer.Option(help="candidates in all, over every resume")] = None,
@@ -82,8 +85,13 @@ def run(
         bool, typer.Option("--check", help="do all up to the first candidate; write nothing")
     ] = False,
     as_json: JsonOption = False,
+    *,
+    mergekit: MergekitFlags,
 ) -> None:
-    """Search for the best values of a merge recipe; run again to resume."""
+    """Search for the best values of a merge recipe; run again to resume.
+
+    mergekit-evolve's files and flags work, too.
+    """
     from evolve.search_file import SearchFile
 
     search_file = SearchFile.load(search).changed(
@@ -91,6 +99,9 @@ def run(
         search={"n_iterations": n_iterations, "sampler": sampler, "seed": seed},
         scoring={"backend": backend, "limit": limit, "task_paths": task_path or None},
     )
+    search_file = mergekit.changed(search_file, backend)
+    if search_file.is_mergekit and not mergekit.consent:
+        _warn_of_benchmarks(search_file)
     _quiet_libraries()
     if check:
         _check(search_file, device, trust_remote_code, allow_unsafe_code)
@@ -124,6 +135,28 @@ def run(
     if result.best is None:
         why = loop.commonest_failure(result.study.trials())
         _end([f"no candidate completed; {why}"], EXIT_OTHER)
+    if mergekit.save_final_model:
+        _save_final_model(folder)
+
+
+def _warn_of_benchmarks(search_file: SearchFile) -> None:
+    from evolve.mergekit_file import benchmarks
+
+    if names := benchmarks(task.name for task in search_file.tasks):
+        _say(
+            f"warning: {', '.join(names)}: common benchmarks, whose scores say little of a model that "
+            f"was searched on them ({CONSENT} silences this line)"
+        )
+
+
+def _save_final_model(folder: Path) -> None:
+    from merge_core.merge import save_merged
+    from merge_core.recipe import Recipe
+
+    best = folder / "best.yml"
+    out = folder / "final_model"
+    save_merged(Recipe.load(best), out, recipe_text=best.read_text(encoding="utf-8"), overwrite=True)
+    _say(f"wrote {out}")
 
 
 def _check(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from evolve.evaluation import EvalOptions, evaluate_models
 from evolve.loop import StudyResult, run
@@ -17,7 +19,7 @@ from evolve.plan import make_plan
 from evolve.search_file import ScoringSettings, SearchFile
 from evolve.study import Study, load_outcomes
 from evolve.tasks import TaskSet
-from merge_core.merge import save_merged
+from merge_core.merge import merged_tensors, save_merged
 from merge_core.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +112,13 @@ def test_the_resolved_file_is_the_same_search(finished: StudyResult, tmp_path: P
     again = run(resolved, folder=finished.study.folder)
     assert again.was_complete
     command = [sys.executable, "-m", "evolve.cli"]
+    folder = str(finished.study.folder)
+    flags = ["--storage-path", folder, "--max-fevals", "6", "--save-final-model"]
+    subprocess.run([*command, "run", f"{folder}/search.yml", *flags], cwd=ROOT, check=True)
+    written = dict(load_file(finished.study.folder / "final_model/model.safetensors"))
+    assert finished.recipe is not None
+    for name, tensor in merged_tensors(finished.recipe):
+        assert torch.equal(written[name], tensor)
     for what in (["status", "--json"], ["export", "--trial", "3"]):
         printed = subprocess.run(
             [*command, what[0], str(finished.study.folder), *what[1:]],
