@@ -5,6 +5,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from evolve.samplers import Sampler, make_sampler, resolve_sampler
+from evolve.samplers.cma import CmaSampler
 from evolve.space import Space
 
 NAMES = ["cma", "tpe", "gp", "nsga2", "nsga3", "qmc", "random"]
@@ -103,6 +104,17 @@ def test_proposals_stay_in_bounds(name: str) -> None:
 def test_cma_finds_the_optimum_of_a_sphere() -> None:
     trials = search("cma", space(6), 400, sphere)
     assert max(t.value or -9 for t in trials if t.value is not None) > -1e-3
+
+
+def test_cma_takes_its_first_step_and_generation_from_the_settings() -> None:
+    def spread(sigma0: float | None) -> float:
+        sampler = make_sampler("cma", space(4), 0, sigma0=sigma0)
+        return float(np.std([list(sampler.propose(i, []).values.values()) for i in range(40)]))
+
+    assert spread(0.02) < spread(0.1) < spread(None)
+    sampler = make_sampler("cma", space(4), 0, population_size=5)
+    assert isinstance(sampler, CmaSampler)
+    assert sampler.popsize == 5
 
 
 def test_cma_finds_it_with_failed_candidates() -> None:
