@@ -246,6 +246,7 @@ def export(
         study.scores(trials[number]),
         {name: vars(interval) for name, interval in holdout.items()},
         study.note("documents"),
+        notices=study.note("notices") or (),
     )
     if output:
         try:

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evolve.baselines import baseline_jobs, same_prompts
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError, TrialEngineError
+from evolve.intervals import difference_interval, score_interval
 from evolve.memory import refuse_too_large
 from evolve.search_file import SECTIONS, ScoringSettings, TaskSpec
 from evolve.study import Study
 from evolve.tasks import SPLITS, Outcomes, TaskSet, reference_faults
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
-from evolve.verdict import baseline_jobs, difference_interval, same_prompts, score_interval
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
 from merge_core.errors import CheckpointError, RecipeError, nearest
 from merge_core.plan import Sources, donor, merged_config, model_alone, plan_merge

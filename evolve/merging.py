@@ -112,6 +112,7 @@ def merge(
         # huggingface_hub reads it once, when it is imported.
         os.environ["HF_HUB_CACHE"] = str(transformers_cache.expanduser().absolute())
 
+    from merge_core.card import NOTICE, head_notices
     from merge_core.checkpoint.write import check_output, has_tokenizer
     from merge_core.recipe import Recipe, load_yaml
 
@@ -170,7 +171,9 @@ def merge(
     if check:
         print("the merge can begin")
         return
-    text = recipe.read_text(encoding="utf-8") if random_seed is None else None
+    text = recipe.read_text(encoding="utf-8")
+    if random_seed is not None:  # another recipe than the file's, about which the same is to be known
+        text = "".join(f"# {NOTICE}{notice}\n" for notice in head_notices(text)) + parsed.to_yaml()
     try:
         with progress(plan, sum(planned.n_bytes for planned in plan), quiet, verbose) as on_tensor:
             save_merged(

@@ -13,7 +13,7 @@ from evolve.racing import Race, race_over
 from evolve.samplers import resolve_sampler
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace
-from evolve.tasks import TaskSet, reference_faults
+from evolve.tasks import ScoredTask, TaskSet, reference_faults, report_set
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Prompting, WorkerSetup
 from merge_core.checkpoint.write import has_tokenizer
@@ -30,6 +30,7 @@ class Plan:
         search_file: with backend, sampler and racing resolved.
         why_sampler: why `auto` chose the sampler.
         notes: what a user should know of this search, one line each.
+        report_only: tasks that only winner and baselines are scored on; None where there are none.
     """
 
     search_file: SearchFile
@@ -40,11 +41,12 @@ class Plan:
     setup: WorkerSetup
     why_sampler: str
     notes: tuple[str, ...] = ()
+    report_only: TaskSet | None = None
 
     def identity(self) -> dict[str, Any]:
         """What makes two searches the same one; a resume with another is refused."""
         settings = self.search_file.as_dict()
-        files = self.tasks.files()
+        files = self.tasks.files() | (self.report_only.files() if self.report_only else {})
         cma = {key: settings["search"][key] for key in ("sigma0", "population_size")}
         return {
             "recipe": self.search_file.template,
@@ -61,8 +63,9 @@ class Plan:
             **{key: value for key, value in cma.items() if value is not None},
             "checkpoints": {
                 reference: self.sources.architecture(reference).checkpoint.fingerprint()
-                for reference in (*self.references(), *self.tasks.references())
+                for reference in (*self.references(), *(r for s in self._sets() for r in s.references()))
             },
+            **({"report_only": settings["report_only"]} if self.report_only else {}),
             # Texts, and the files of functions: what they hold is part of the scores.
             **({"files": files} if files else {}),
         }
@@ -94,17 +97,25 @@ class Plan:
 
     def documents(self) -> dict[str, str]:
         """Say per task how its documents were split."""
-        return {
+        drawn = {
             task.key: f"{task.n_documents('search')} search, {task.n_documents('holdout')} holdout, "
-            f"{self._drawn()}"
+            f"{self._drawn(task)}"
             for task in self.tasks.tasks
         }
+        reported = self.report_only.tasks if self.report_only else []
+        return drawn | {
+            task.key: f"{task.n_documents('search')} reported, {self._drawn(task)}" for task in reported
+        }
 
-    def _drawn(self) -> str:
-        """Say how documents were chosen."""
+    def _drawn(self, task: ScoredTask) -> str:
+        """Say how documents were chosen, and from which split, as its data set calls it."""
+        splits = ", ".join(dict.fromkeys(leaf.split for leaf in task.leaves))
         if self.search_file.scoring.draw == "first":
-            return "the first ones for the search"
-        return f"drawn by seed {self.tasks.seed}"
+            return f"the first ones of {splits} for the search"
+        return f"drawn by seed {self.tasks.seed} from {splits}"
+
+    def _sets(self) -> list[TaskSet]:
+        return [self.tasks, *([self.report_only] if self.report_only else [])]
 
 
 def make_plan(
@@ -141,27 +152,32 @@ def make_plan(
     search_file = search_file.changed(search={"sampler": sampler}, scoring={"backend": backend})
     start = space.recipe(space.starts())
     faults = _model_faults(space, start, sources, under_way)
-    tasks = None
-    named = ", ".join(dict.fromkeys(task.name for task in search_file.tasks))
-    try:
-        with data_sets_counted(under_way, f"loading tasks {named}"):
-            tasks = TaskSet(
-                search_file.tasks,
-                search_file.scoring,
-                search_file.search.seed,
-                allow_unsafe_code=allow_unsafe_code,
-            )
-            tasks.following(search_file.search.signal)
-            racing = _resolve_racing(search_file, tasks)
-            search_file = search_file.changed(search={"racing": racing})
-    except SearchFileError as error:
-        faults += error.faults
-    if tasks is not None and not faults:  # a signal at fault is told above
-        faults += constraint_faults(search_file.search, tasks, start.base_model)
-    if tasks is not None and not faults:
-        faults += reference_faults(tasks.tasks, start, sources)
-    if faults or tasks is None:
+    sets: list[TaskSet] = []
+    for make, specs in ((TaskSet, search_file.tasks), (report_set, search_file.report_only)):
+        if make is report_set and not specs:
+            continue
+        named = ", ".join(dict.fromkeys(task.name for task in specs))
+        try:
+            with data_sets_counted(under_way, f"loading tasks {named}"):
+                tasks = make(
+                    specs,
+                    search_file.scoring,
+                    search_file.search.seed,
+                    allow_unsafe_code=allow_unsafe_code,
+                )
+            sets.append(tasks)
+            if make is TaskSet:
+                tasks.following(search_file.search.signal)
+                racing = _resolve_racing(search_file, tasks)
+                search_file = search_file.changed(search={"racing": racing})
+        except SearchFileError as error:
+            faults += error.faults
+    if not faults:  # a signal at fault is told above
+        faults += constraint_faults(search_file.search, sets[0], start.base_model)
+        faults += [fault for tasks in sets for fault in reference_faults(tasks.tasks, start, sources)]
+    if faults:
         raise SearchFileError(faults)
+    tasks, *reported = sets
     notes = [*space.notes, *tasks.notes]
     if not tasks.has_holdout:
         search_file = search_file.changed(scoring={"holdout": 0.0})
@@ -181,8 +197,9 @@ def make_plan(
         prompting=Prompting(reference, search_file.scoring.apply_chat_template),
         allow_unsafe_code=allow_unsafe_code,
         signal=search_file.search.signal,
+        report_only=tuple(search_file.report_only),
     )
-    return Plan(search_file, space, tasks, sources, start, setup, why, tuple(notes))
+    return Plan(search_file, space, tasks, sources, start, setup, why, tuple(notes), *reported)
 
 
 def _race(search_file: SearchFile, tasks: TaskSet) -> Race | None:

@@ -11,11 +11,12 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
+from evolve.intervals import Interval
 from evolve.loop import StudyResult
 from evolve.memory import Memory
 from evolve.plan import Plan
 from evolve.study import Study
-from evolve.verdict import Interval, Verdict
+from evolve.verdict import Baseline, Verdict
 from merge_core.recipe import Recipe
 
 
@@ -47,10 +48,12 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             "scores": study.scores(best),
             "holdout": _intervals_json(verdict.holdout) if verdict and is_current else {},
             "recipe": recipe.as_config() if recipe else None,
+            **_reported_json(verdict if is_current else None),
         },
         "pareto": [{"number": t.number, "scores": study.scores(t)} for t in study.front()],
         "baselines": [
             {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
+            | _reported_json(b)
             for b in (verdict.baselines if verdict else [])
         ],
         "gain": _gain_json(verdict) if is_current else None,
@@ -60,6 +63,7 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished)
         + (study.note("finals") or {}).get("documents", 0),
         "noise": asdict(verdict.noise) if verdict and is_current and verdict.noise else None,
+        "verdict_notes": _notes_json(study, verdict) if verdict and is_current else None,
     }
 
 
@@ -69,6 +73,32 @@ def _text(verdict: Verdict | None, is_current: bool, has_only_failures: bool) ->
     if verdict is None:
         return "no verdict yet: the search is not complete"
     return verdict.text if is_current else f"not yet for the new best; before: {verdict.text}"
+
+
+def _reported_json(scored: Baseline | Verdict | None) -> dict[str, Any]:
+    """Return what was scored on the tasks that are only reported, where there are any."""
+    return {"report_only": _intervals_json(scored.report_only)} if scored and scored.report_only else {}
+
+
+def _notes_json(study: Study, verdict: Verdict) -> dict[str, Any]:
+    """Return what the verdict's sentence is made of; intervals and p-values are adjusted."""
+    return {
+        "shortlist": [
+            {
+                "number": member.trial,
+                "holdout_objective": member.holdout_objective,
+                "gain": asdict(member.gain) if member.gain else None,
+            }
+            for member in verdict.shortlist
+        ],
+        "differences": {task: asdict(found) for task, found in verdict.differences.items()},
+        "report_only": {
+            task: {name: asdict(found) for name, found in by_baseline.items()}
+            for task, by_baseline in verdict.elsewhere.items()
+        },
+        "documents_needed": verdict.documents_needed,
+        "notices": study.note("notices") or [],
+    }
 
 
 def _gain_json(verdict: Verdict | None) -> dict[str, Any] | None:
@@ -97,10 +127,14 @@ def print_result(data: dict[str, Any], folder: str) -> None:
     table.add_column("model")
     for task in tasks:
         table.add_column(task, justify="right")
-    rows = [(b["name"], b["holdout"] or b["scores"]) for b in data["baselines"]]
-    rows.append((f"best (trial {best['number']})", best["holdout"] or best["scores"]))
-    for name, scores in rows:
-        table.add_row(name, *(_cell(scores[task]) if task in scores else "" for task in tasks))
+    reported = list(best.get("report_only", {}))
+    for task in reported:
+        table.add_column(f"{task}, only reported", justify="right")
+    rows = [*data["baselines"], {**best, "name": f"best (trial {best['number']})"}]
+    for row in rows:
+        scores = {**(row["holdout"] or row["scores"]), **row.get("report_only", {})}
+        cells = (_cell(scores[task]) if task in scores else "" for task in (*tasks, *reported))
+        table.add_row(row["name"], *cells)
     console.print(table)
     states = data["states"]
     console.print(
@@ -112,6 +146,9 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         soft_wrap=True,
     )
     console.print(data["verdict"], markup=False, soft_wrap=True)
+    finalists = (data["verdict_notes"] or {}).get("shortlist", [])
+    if len(finalists) > 1:
+        console.print(_finalists_line(finalists), markup=False, soft_wrap=True)
     if data["noise"]:
         console.print(_noise_line(data["noise"]), markup=False, soft_wrap=True)
     console.print(
@@ -119,6 +156,15 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _finalists_line(finalists: list[dict[str, Any]]) -> str:
+    """Say what each of the shortlist gained; the intervals hold for all of them at once."""
+    gains = (
+        f"trial {member['number']} {_cell(member['gain'], '+.3f') if member['gain'] else ''}".strip()
+        for member in finalists
+    )
+    return f"finalists, with what each gained on the holdout: {', '.join(gains)}"
 
 
 def _noise_line(noise: dict[str, Any]) -> str:

@@ -248,6 +248,17 @@ _KNOWN_KEYS = {
 }
 
 
+def _repeated(settings: _Settings) -> list[str]:
+    """List what `report_only` has of `tasks`."""
+    searched = [(task.name, task.text, task.reference) for task in settings.tasks]
+    return [
+        f"report_only[{i}].name is {task.name!r}, which stands under tasks and is reported anyway; "
+        f"remove it from one of them"
+        for i, task in enumerate(settings.report_only)
+        if (task.name, task.text, task.reference) in searched
+    ]
+
+
 class SearchFile:
     """A parsed search file.
 
@@ -289,6 +300,7 @@ class SearchFile:
                 for i, spec in enumerate(getattr(settings, section))
                 for fault in spec.faults(f"{section}[{i}]")
             ]
+            faults += _repeated(settings)
         if faults:
             raise SearchFileError(faults)
         self.tasks = settings.tasks

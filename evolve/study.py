@@ -282,11 +282,22 @@ class Study:
         return [*(trials[number] for number in finalists), *others]
 
     def best(self) -> FrozenTrial | None:
-        """The first of `ranked`."""
-        return next(iter(self.ranked()), None)
+        """The first of `ranked`, or the finalist that the holdout preferred to it.
+
+        The holdout's choice stands until a later trial outdoes all that it was asked about.
+        """
+        ranked = self.ranked()
+        verdict = self.note("verdict")
+        if verdict and ranked[0].number in [member["trial"] for member in verdict["shortlist"]]:
+            chosen: int = verdict["trial"]
+            return self.trials()[chosen]
+        return next(iter(ranked), None)
 
     def front(self) -> list[FrozenTrial]:
         """The Pareto front by number, by the finals' metrics where held; see `evolve.front.front`."""
+        best = self.best()
+        if best is not None and len(best.values) == 1:  # the holdout may have chosen it
+            return [] if is_violating(self.violations(best)) else [best]
         finalists = self._current_finalists()
         if finalists:
             trials = [self.trials()[finalist.number] for finalist in finalists]
@@ -366,6 +377,11 @@ class Study:
     def outcomes_path(self, name: str) -> Path:
         """Where the outcomes of a trial or baseline are kept."""
         return self.folder / "outcomes" / f"{name}.parquet"
+
+
+def is_violating(violations: Mapping[str, float] | None) -> bool:
+    """Tell whether a constraint is not met, of what `Study.violations` returns."""
+    return any(violation > 0 for violation in (violations or {}).values())
 
 
 def total_violation(trial: FrozenTrial) -> float:
@@ -462,7 +478,7 @@ def load_outcomes(path: Path) -> dict[Split, Outcomes]:
     """Read what `save_outcomes` wrote."""
     import pyarrow.parquet as pq
 
-    found: dict[Split, Outcomes] = {split: {} for split in SPLITS}
+    found: dict[Split, Outcomes] = {split: {} for split in SPLITS}  # `report` where it is there
     others: dict[str, Any] = {}
     for row in pq.read_table(path).to_pylist():
         value = row["value"] if row["detail"] is None else json.loads(row["detail"])
@@ -471,7 +487,7 @@ def load_outcomes(path: Path) -> dict[Split, Outcomes]:
             continue
         others = {}  # of the rows that follow
         outcome = Outcome(row["leaf"], row["document"], value, others, row["metric"])
-        found[row["split"]].setdefault(row["task"], []).append(outcome)
+        found.setdefault(row["split"], {}).setdefault(row["task"], []).append(outcome)
     return found
 
 

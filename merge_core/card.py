@@ -5,6 +5,7 @@ The front matter names models by Hub id only: a local folder means nothing to ot
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,8 @@ from merge_core.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# Begins a line at a recipe's head, a comment there, that the card shows to its readers.
+NOTICE = "notice: "
 _VERSIONS = ("evolve-merge", "torch", "safetensors")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 # How many tensors that were left out are named; the rest is counted.
@@ -27,7 +30,11 @@ _SHOWN = 4
 
 
 def model_card(
-    recipe: Recipe, sources: Sources, plan: Sequence[Planned], title: str, recipe_text: str
+    recipe: Recipe,
+    sources: Sources,
+    plan: Sequence[Planned],
+    title: str,
+    recipe_text: str,
 ) -> str:
     """Write the card of a merged model.
 
@@ -36,7 +43,7 @@ def model_card(
         sources: its models, open.
         plan: the recipe's output tensors.
         title: what to call the model.
-        recipe_text: the recipe as it was given.
+        recipe_text: the recipe as it was given; notices at its head stand at the card's.
 
     Returns:
         Markdown with a YAML front matter.
@@ -57,6 +64,7 @@ def model_card(
     sections = [
         f"# {title}",
         f"A merge of {len(references)} pre-trained language models, made with evolve.",
+        *(f"> {notice}" for notice in head_notices(recipe_text)),
         f"## Method\n\n{names}{base}.",
         "## Models\n\n" + "\n".join(f"* {_linked(reference)}" for reference in references),
         f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}",
@@ -66,6 +74,13 @@ def model_card(
     ]
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def head_notices(recipe_text: str) -> list[str]:
+    """List the notices in a recipe file's head, its comments before the first key."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), recipe_text.splitlines())
+    comments = (line.lstrip("#").strip() for line in head)
+    return [comment.removeprefix(NOTICE) for comment in comments if comment.startswith(NOTICE)]
 
 
 def hub_ids(reference: str) -> list[str]:

@@ -17,7 +17,7 @@ from evolve.tasks.divergence import reference_faults
 from evolve.tasks.draw import SPLITS, Documents, Leaf, Split
 from evolve.tasks.outcome import AnsweredDocument, Outcome, Outcomes, as_json, n_documents
 from evolve.tasks.scored import ScoredTask
-from evolve.tasks.task_set import TaskSet
+from evolve.tasks.task_set import TaskSet, report_set
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +39,7 @@ __all__ = [
     "evaluate",
     "n_documents",
     "reference_faults",
+    "report_set",
 ]
 
 

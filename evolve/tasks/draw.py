@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from evolve.search_file import ScoringSettings
+from evolve.tasks.asked import asked_split
 
-Split = Literal["search", "holdout"]
+Split = Literal["search", "holdout", "report"]
+"""`report`: the documents of the tasks that are only reported, a task set of its own."""
 SPLITS: tuple[Split, ...] = ("search", "holdout")
 Documents = Mapping[str, Collection[int]]
 """Some documents: by leaf their numbers."""
@@ -35,6 +37,11 @@ class Leaf:
     task: Any
     documents: Mapping[Split, tuple[int, ...]]
     docs: Sequence[Mapping[str, Any]] = field(repr=False, compare=False)
+
+    @property
+    def split(self) -> str:
+        """The split that it is asked on, as its data set calls it."""
+        return asked_split(self.task)
 
     @property
     def generates(self) -> bool:
@@ -145,8 +152,8 @@ def _data(task: Any, n: int) -> str:
     config = task.config
     if not config.dataset_path:
         return str(task.task_name)
-    split = config.test_split or config.validation_split
-    return repr((config.dataset_path, config.dataset_name, config.dataset_kwargs, split, n))
+    named = config.dataset_path, config.dataset_name, config.dataset_kwargs
+    return repr((*named, asked_split(task), n))
 
 
 def _spread(count: int, sizes: Sequence[int], most: Sequence[int], floor: int) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from evolve.errors import SearchFileError
 from evolve.search_file import ScoringSettings
+from evolve.tasks.asked import ask_on
 from evolve.tasks.catalogue import Catalogue, members_of, parsing_only
 from merge_core.errors import HubUnreachableError, nearest
 
@@ -27,19 +28,27 @@ _PYTHON_SEED, _NUMPY_SEED = 0, 1234
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a name stands for: its leaf tasks, and the group if it is one."""
+    """What a name stands for.
+
+    Attributes:
+        leaves: its tasks.
+        group: the group, if it is one.
+        public: names of the leaves whose documents others are measured on: lm-eval's own tasks, on
+            the split that lm-eval takes.
+    """
 
     leaves: tuple[Any, ...]
     group: Any = None
+    public: frozenset[str] = frozenset()
 
 
 def load_tasks(
-    places: Mapping[str, int], scoring: ScoringSettings, allow_unsafe_code: bool, faults: list[str]
+    places: Mapping[str, str], scoring: ScoringSettings, allow_unsafe_code: bool, faults: list[str]
 ) -> dict[str, Loaded]:
     """Load tasks by name.
 
     Args:
-        places: where in `tasks:` each name stands first.
+        places: by name the entry where it stands first: `tasks[0]`.
         faults: gets a line for each name that cannot be loaded.
 
     Raises:
@@ -59,6 +68,7 @@ def load_tasks(
     paths = [path.resolve() for path in paths if path.is_dir()]
     manager = TaskManager(include_path=paths, include_defaults=False)
     known: Iterable[str] = manager.all_tasks
+    users_own = frozenset(known)
     missing = [name for name in places if name not in known]
     if missing or _reach_beyond(manager, places):
         catalogue = Catalogue()
@@ -69,17 +79,24 @@ def load_tasks(
             manager = TaskManager(include_path=paths, include_defaults=True)
     loaded: dict[str, Loaded] = {}
     with _one_look_at_a_data_set():
-        for name, i in places.items():
+        for name, entry in places.items():
             try:
-                loaded[name] = _load(f"tasks[{i}].name", name, manager, known, scoring)
-                _refuse(f"tasks[{i}].name", name, loaded[name], allow_unsafe_code)
+                loaded[name] = _load(f"{entry}.name", name, manager, known, scoring, users_own)
+                _refuse(f"{entry}.name", name, loaded[name], allow_unsafe_code)
             except SearchFileError as error:
                 loaded.pop(name, None)
                 faults += error.faults
     return loaded
 
 
-def _load(field: str, name: str, manager: Any, known: Iterable[str], scoring: ScoringSettings) -> Loaded:
+def _load(
+    field: str,
+    name: str,
+    manager: Any,
+    known: Iterable[str],
+    scoring: ScoringSettings,
+    users_own: frozenset[str],
+) -> Loaded:
     if name not in known or name not in manager.all_tasks:
         folders = ", ".join(str(path) for path in scoring.task_paths)
         raise SearchFileError(
@@ -99,9 +116,12 @@ def _load(field: str, name: str, manager: Any, known: Iterable[str], scoring: Sc
         ) from error
     group = tasks.get("groups", {}).get(name)
     leaves = tuple(group.get_all_tasks() if group else tasks["tasks"].values())
+    public = set()
     for task in leaves:
         _set_fewshot(task, scoring.num_fewshot)
-    return Loaded(leaves, group)
+        if not ask_on(task, scoring.split) and task.task_name not in users_own:
+            public.add(task.task_name)
+    return Loaded(leaves, group, frozenset(public))
 
 
 def _refuse(field: str, name: str, loaded: Loaded, allow_unsafe_code: bool) -> None:

@@ -52,7 +52,7 @@ class AnsweredDocument:
 
     Attributes:
         task: the lm-eval task, behind its group's name: "gsm8k", "mmlu/mmlu_anatomy".
-        document: its number in the task's test (else validation) split.
+        document: its number in the split that the task is asked on.
         doc: the document itself, as the task's data set has it.
         answers: as the model gave them, one a request and repeat: texts where the task generates,
             pairs (log-likelihood, whether greedy decoding gives it) where it compares options,

@@ -11,6 +11,7 @@ from typing import Any
 
 from evolve.errors import SearchFileError
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
+from evolve.tasks.asked import asked_split
 from evolve.tasks.divergence import Divergence, make_divergence
 from evolve.tasks.draw import Leaf, draw
 from evolve.tasks.likelihood import Likelihood, likelihood_of, why_none
@@ -25,14 +26,17 @@ class TaskSet:
     """The tasks and other objectives of a search.
 
     Args:
-        specs: entries of `tasks:`.
+        specs: entries of `tasks:`, or of another section.
         scoring: limits, few-shot, task paths.
         seed: draws the documents; few-shot examples keep lm-eval's own seed.
         allow_unsafe_code: allow tasks that execute what a model wrote.
+        section: how faults name the entries.
 
     Attributes:
         tasks: one ScoredTask an entry, in order.
         notes: what a user should know of them, one line each.
+        public: by name the split, as its data set calls it, of the entries whose documents others are
+            measured on.
 
     Raises:
         SearchFileError: unknown tasks or metrics, with every fault found.
@@ -46,20 +50,32 @@ class TaskSet:
         seed: int,
         *,
         allow_unsafe_code: bool = False,
+        section: str = "tasks",
     ) -> None:
         if not specs:
-            raise SearchFileError("tasks: no task is named; list at least one, or give --task NAME")
+            raise SearchFileError(f"{section}: no task is named; list at least one, or give --task NAME")
         self.scoring = scoring
         self.seed = seed
         self._specs = tuple(specs)
         self._following: dict[Signal, TaskSet] = {}
-        faults = [fault for i, spec in enumerate(specs) for fault in spec.faults(f"tasks[{i}]")]
+        entries = [f"{section}[{i}]" for i in range(len(specs))]
+        faults = [
+            fault for entry, spec in zip(entries, specs, strict=True) for fault in spec.faults(entry)
+        ]
         if faults:
             raise SearchFileError(faults)
-        places = {spec.name: i for i, spec in reversed([*enumerate(specs)]) if spec.kind == "task"}
+        places: dict[str, str] = {}
+        for entry, spec in zip(entries, specs, strict=True):
+            if spec.kind == "task":
+                places.setdefault(spec.name, entry)
         loaded = load_tasks(places, scoring, allow_unsafe_code, faults) if places else {}
         drawn = draw({name: item.leaves for name, item in loaded.items()}, scoring, seed)
-        texts = self._texts(faults)
+        self.public = {
+            name: asked_split(next(leaf for leaf in item.leaves if leaf.task_name in item.public))
+            for name, item in loaded.items()
+            if item.public
+        }
+        texts = self._texts(entries, faults)
         found: dict[int, ScoredTask] = {}
         for i, spec in enumerate(specs):
             try:
@@ -67,9 +83,9 @@ class TaskSet:
                     found[i] = make_divergence(spec, texts[spec.text])
                 elif spec.kind == "perplexity" and spec.text in texts:
                     leaf = texts[spec.text]
-                    found[i] = _scored(f"tasks[{i}]", spec, Loaded((leaf.task,)), (leaf,))
+                    found[i] = _scored(entries[i], spec, Loaded((leaf.task,)), (leaf,))
                 elif spec.name in loaded:
-                    found[i] = _scored(f"tasks[{i}]", spec, loaded[spec.name], drawn[spec.name])
+                    found[i] = _scored(entries[i], spec, loaded[spec.name], drawn[spec.name])
             except SearchFileError as error:
                 faults += error.faults
         # What is taken over the documents of the others; where one of these is at fault, that says it.
@@ -78,11 +94,11 @@ class TaskSet:
         for i, spec in enumerate(specs):
             if spec.kind in ("output_tokens", "seconds_per_document", "function") and is_whole:
                 try:
-                    found[i] = measure(f"tasks[{i}]", spec, asked)
+                    found[i] = measure(entries[i], spec, asked)
                 except SearchFileError as error:
                     faults += error.faults
         for i, task in found.items():
-            faults += _against_direction(f"tasks[{i}]", specs[i], task)
+            faults += _against_direction(entries[i], specs[i], task)
         self.tasks = [replace(task, key=_key(specs[i], task, specs)) for i, task in sorted(found.items())]
         self.notes = []
         if scoring.draw != "seeded":
@@ -98,18 +114,18 @@ class TaskSet:
                 if not task.n_documents("holdout")
             ]
         keys = Counter(task.key for task in self.tasks)
-        faults += [f"tasks: {key} stands {n} times; name it once" for key, n in keys.items() if n > 1]
+        faults += [f"{section}: {key} stands {n} times; name it once" for key, n in keys.items() if n > 1]
         if faults:
             raise SearchFileError(faults)
 
-    def _texts(self, faults: list[str]) -> dict[str | None, Leaf]:
+    def _texts(self, entries: Sequence[str], faults: list[str]) -> dict[str | None, Leaf]:
         """Read the text files that entries name, and draw their documents; by file."""
         texts: dict[str | None, Leaf] = {}
-        for i, spec in enumerate(self._specs):
+        for entry, spec in zip(entries, self._specs, strict=True):
             if spec.text is None or spec.text in texts:
                 continue
             try:
-                task = text_task(f"tasks[{i}].text", spec.text)
+                task = text_task(f"{entry}.text", spec.text)
             except SearchFileError as error:
                 faults += error.faults
                 continue
@@ -177,6 +193,12 @@ class TaskSet:
             self._following[signal] = followed
         return self._following[signal]
 
+    def notices(self) -> list[str]:
+        """Say of each benchmark that candidates are scored on what others are measured on."""
+        return [
+            f"searched on {name}:{split}: not a leaderboard result" for name, split in self.public.items()
+        ]
+
     def scores(self, outcomes: Outcomes) -> dict[str, float]:
         """Return each task's score over the given outcomes."""
         return {task.key: task.score(outcomes[task.key]) for task in self.tasks}
@@ -184,6 +206,19 @@ class TaskSet:
     def objective(self, scores: Mapping[str, float]) -> float:
         """Return the weighted sum, maximised: what is better when it is less counts negative."""
         return sum(task.sign * task.weight * scores[task.key] for task in self.tasks)
+
+
+def report_set(
+    specs: Sequence[TaskSpec], scoring: ScoringSettings, seed: int, *, allow_unsafe_code: bool = False
+) -> TaskSet:
+    """Load the tasks of `report_only:`. No candidate is chosen by them, so none of their documents are
+    held out: all that are drawn are their `search` documents.
+
+    Raises:
+        SearchFileError, HubUnreachableError: as TaskSet.
+    """
+    scoring = scoring.model_copy(update={"holdout": 0.0})
+    return TaskSet(specs, scoring, seed, allow_unsafe_code=allow_unsafe_code, section="report_only")
 
 
 def _key(spec: TaskSpec, task: ScoredTask, specs: Sequence[TaskSpec]) -> str:

@@ -12,7 +12,7 @@ from evolve.engines import Engine, EngineSettings, start_engine
 from evolve.errors import TrialEngineError, TrialError, boundary
 from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
-from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet
+from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet, report_set
 from merge_core.checkpoint.locate import locate
 from merge_core.plan import Sources, model_alone
 from merge_core.recipe import Recipe
@@ -84,6 +84,7 @@ class WorkerSetup:
         backend: "hf" or "vllm".
         engine: how to start it.
         tasks, scoring, seed: give the same TaskSet, and so the same documents, everywhere.
+        report_only: tasks whose documents are the split "report".
         prompting: the merge's own; its requests are built at the start.
         signal: what the sampler follows.
     """
@@ -96,6 +97,7 @@ class WorkerSetup:
     prompting: Prompting
     allow_unsafe_code: bool = False
     signal: Signal = "metric"
+    report_only: tuple[TaskSpec, ...] = ()
 
 
 class Worker:
@@ -103,11 +105,16 @@ class Worker:
 
     Args:
         setup: see WorkerSetup.
-        tasks, sources: reused where the caller has them already.
+        tasks, sources, reported: reused where the caller has them already; `reported` are the tasks of
+            the split "report".
     """
 
     def __init__(
-        self, setup: WorkerSetup, tasks: TaskSet | None = None, sources: Sources | None = None
+        self,
+        setup: WorkerSetup,
+        tasks: TaskSet | None = None,
+        sources: Sources | None = None,
+        reported: TaskSet | None = None,
     ) -> None:
         self.setup = setup
         self.tasks = tasks or TaskSet(
@@ -119,18 +126,30 @@ class Worker:
         self.sources = sources or Sources(keep=True)
         self.engine: Engine = start_engine(setup.backend, setup.engine)
         self._held: Recipe | None = None
-        self._banks: dict[Prompting, RequestBank] = {}
-        self._bank(setup.prompting)
+        self._reported = reported
+        self._banks: dict[tuple[Prompting, bool], RequestBank] = {}
+        self._bank(setup.prompting, "search")
 
-    def _bank(self, prompting: Prompting) -> RequestBank:
-        if prompting not in self._banks:
+    def _tasks_of(self, split: Split) -> TaskSet:
+        if split != "report":
+            return self.tasks
+        setup = self.setup
+        self._reported = self._reported or report_set(
+            setup.report_only, setup.scoring, setup.seed, allow_unsafe_code=setup.allow_unsafe_code
+        )
+        return self._reported
+
+    def _bank(self, prompting: Prompting, split: Split) -> RequestBank:
+        key = prompting, split == "report"
+        if key not in self._banks:
             lm = self.engine.lm(Path(locate(prompting.tokenizer)))
-            bank = RequestBank(self.tasks, lm, prompting.apply_chat_template, signal=self.setup.signal)
+            signal = "metric" if split == "report" else self.setup.signal
+            bank = RequestBank(self._tasks_of(split), lm, prompting.apply_chat_template, signal=signal)
             for reference in bank.needs_references():
                 self._hold(reference)
                 bank.learn_reference(reference)
-            self._banks[prompting] = bank
-        return self._banks[prompting]
+            self._banks[key] = bank
+        return self._banks[key]
 
     def _hold(self, reference: str) -> None:
         """Load a model as it is, in the engine's dtype."""
@@ -161,23 +180,26 @@ class Worker:
         try:
             # Before the candidate's weights: a new bank may load those of its references.
             with boundary(TrialEngineError, "preparing the requests"):
-                banks = {prompting: self._bank(prompting) for prompting in job.promptings}
+                banks = {
+                    (prompting, split): self._bank(prompting, split)
+                    for prompting in job.promptings
+                    for split in job.splits
+                }
             # A candidate that is asked block by block is loaded once.
             if job.documents is None or job.recipe != self._held:
                 seconds.merge, seconds.load = self._load(job.recipe)
             began = time.perf_counter()
-            for prompting, bank in banks.items():
+            for (prompting, split), bank in banks.items():
                 with boundary(TrialEngineError, "answering the requests"):
-                    result.outcomes[prompting] = {
-                        split: bank.answer(
-                            split, job.signal, documents=job.documents, in_reverse=job.in_reverse
-                        )
-                        for split in job.splits
-                    }
+                    its_own: Split = "search" if split == "report" else split
+                    outcomes = bank.answer(
+                        its_own, job.signal, documents=job.documents, in_reverse=job.in_reverse
+                    )
+                    result.outcomes.setdefault(prompting, {})[split] = outcomes
             seconds.score = time.perf_counter() - began
             for by_split in result.outcomes.values():
-                for outcomes in by_split.values():
-                    self.tasks.following(job.signal).scores(outcomes)
+                for split, outcomes in by_split.items():
+                    self._tasks_of(split).following(job.signal).scores(outcomes)
         except TrialError as error:
             result.outcomes = {}
             result.failure = (error.kind, str(error))

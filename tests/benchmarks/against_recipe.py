@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from evolve.intervals import gain_interval, score_interval
 from evolve.loop import Workers, start_pool
 from evolve.plan import make_plan
 from evolve.study import Study, load_outcomes
-from evolve.verdict import gain_interval, score_interval
 from evolve.workers.worker import Job
 from merge_core.recipe import Recipe
 

@@ -27,11 +27,11 @@ from typing import Any, get_args
 
 import yaml
 
+from evolve.intervals import gain_interval
 from evolve.loop import StudyResult, Workers, run, start_pool
 from evolve.plan import Plan, make_plan
 from evolve.search_file import SearchFile, Signal
 from evolve.tasks import Outcomes, Split
-from evolve.verdict import gain_interval
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 

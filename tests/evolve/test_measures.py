@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from evolve.engines.hf import HfEngine, ResidentLM
 from evolve.errors import SearchFileError, TrialTaskError
+from evolve.intervals import gain_interval, score_interval
 from evolve.plan import make_plan
 from evolve.search_file import ScoringSettings, SearchFile, TaskSpec
 from evolve.study import load_outcomes, save_outcomes
 from evolve.tasks import AnsweredDocument, Outcomes, RequestBank, TaskSet, evaluate
 from evolve.tasks.divergence import coarse_divergence
 from evolve.tasks.text import read_documents
-from evolve.verdict import gain_interval, score_interval
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "configs/quickstart/models"

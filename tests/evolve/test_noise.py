@@ -47,7 +47,7 @@ def test_a_gain_no_larger_than_the_noise_is_not_claimed(
     winner = outcomes([1] * 100, [0, 1] * 50)
     baseline = {"search": winner, "holdout": outcomes([0, 1] * 50, [0, 1] * 50)}
     noise = Noise("holdout", 200, floor, {})
-    verdict = conclude(tasks, 3, winner, {"base": baseline}, noise)
+    verdict = conclude(tasks, {3: winner}, {"base": baseline}, noise)
     assert verdict.gain is not None
     assert verdict.gain.value == pytest.approx(0.5)
     assert verdict.is_shown is is_shown

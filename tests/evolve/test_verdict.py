@@ -3,9 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evolve.baselines import baseline_jobs
+from evolve.intervals import gain_interval, score_interval
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks import Outcome, TaskSet
-from evolve.verdict import baseline_jobs, conclude, gain_interval, score_interval
+from evolve.verdict import conclude
 from evolve.workers.worker import Prompting
 from merge_core.recipe import Recipe
 
@@ -83,17 +85,17 @@ def test_the_verdict_is_over_the_best_baseline(tasks: TaskSet) -> None:
 
     good, bad = outcomes([1, 0] * 50, [1, 0] * 50), outcomes([0] * 100, [0] * 100)
     winner = outcomes([1, 1, 1, 0] * 25, [1] * 100)
-    verdict = conclude(tasks, 7, winner, {"bad": by_split(bad), "good": by_split(good)})  # type: ignore[arg-type]
+    verdict = conclude(tasks, {7: winner}, {"bad": by_split(bad), "good": by_split(good)})  # type: ignore[arg-type]
     assert (verdict.trial, verdict.over, verdict.is_shown) == (7, "good", True)
     assert verdict.text.startswith("gain shown: +1.250 [")
-    nothing = conclude(tasks, 7, good, {"good": by_split(good)})  # type: ignore[arg-type]
+    nothing = conclude(tasks, {7: good}, {"good": by_split(good)})  # type: ignore[arg-type]
     assert not nothing.is_shown
     assert nothing.text.startswith("no gain shown")
 
 
 def test_without_a_holdout_no_gain_is_shown(tasks: TaskSet) -> None:
     values = outcomes([1], [1])
-    verdict = conclude(tasks, 0, {}, {"base": {"search": values, "holdout": {}}})
+    verdict = conclude(tasks, {0: {}}, {"base": {"search": values, "holdout": {}}})
     assert verdict.text == "no gain shown: no holdout"
     assert verdict.holdout == {}
 

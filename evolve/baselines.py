@@ -1,0 +1,66 @@
+"""What a winner must beat: each model alone, their plain average, the recipe at its starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evolve.workers.worker import Job, Prompting
+from merge_core.checkpoint.locate import locate
+from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
+from merge_core.plan import donor, model_alone
+from merge_core.recipe import Recipe
+
+
+def baseline_jobs(
+    start: Recipe, prompting: Prompting, references: Sequence[str] | None = None
+) -> list[Job]:
+    """List the baselines: each model alone, the plain average, the recipe at its starts.
+
+    `references` are the models, where the recipe at its starts does not name them all.
+
+    A model alone is asked as the merge will be, and also as its owner would ask it where that
+    differs.
+    """
+    references = references or start.references()
+    jobs = []
+    for reference in references:
+        own = Prompting(reference, _has_chat_template(reference))
+        promptings = (prompting,) if same_prompts(own, prompting) else (prompting, own)
+        jobs.append(Job(reference, "baseline", model_alone(reference, start), (), promptings))
+    others = [reference for reference in references if reference != start.base_model]
+    averaged = others if len(others) > 1 else references
+    if len(averaged) > 1:
+        recipe = Recipe.parse(
+            {
+                "merge_method": "linear",
+                "base_model": donor(start),
+                "models": [{"model": model, "parameters": {"weight": 1.0}} for model in averaged],
+                "dtype": start.dtype,
+                "out_dtype": start.out_dtype,
+            }
+        )
+        jobs.append(Job("average", "baseline", recipe, (), (prompting,)))
+    jobs.append(Job("starts", "baseline", start, (), (prompting,)))
+    return jobs
+
+
+def _has_chat_template(reference: str) -> bool:
+    folder = locate(reference)
+    config = folder / "tokenizer_config.json"
+    return (
+        (folder / "chat_template.jinja").is_file()
+        or (folder / "chat_template.json").is_file()
+        or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8"))
+    )
+
+
+def same_prompts(one: Prompting, other: Prompting) -> bool:
+    """Tell whether two ways of prompting give the same requests."""
+    if one.apply_chat_template != other.apply_chat_template:
+        return False
+    a, b = locate(one.tokenizer), locate(other.tokenizer)
+    return all(
+        ((a / file).read_bytes() if (a / file).is_file() else b"")
+        == ((b / file).read_bytes() if (b / file).is_file() else b"")
+        for file in (*TOKENIZER_FILES, *TEMPLATE_FILES)
+    )
