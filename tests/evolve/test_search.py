@@ -73,7 +73,8 @@ def test_a_search_records_every_candidate_and_its_outcomes(finished: StudyResult
 
 def test_the_result_is_the_json_contract(finished: StudyResult) -> None:
     data = json.loads(json.dumps(result_json(finished)))
-    keys = "study n_trials states best pareto baselines gain verdict seconds documents_scored noise"
+    keys = "study n_trials states best pareto baselines gain verdict seconds documents_scored noise "
+    keys += "verdict_notes"
     assert list(data) == keys.split()
     assert data["n_trials"] == sum(data["states"].values()) == 8
     assert data["documents_scored"] == 8 * 30
