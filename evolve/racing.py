@@ -46,8 +46,8 @@ _PEERS = 2 * GENERATION
 DROP_Z = 2.0
 # Rounds before the finals: share of all candidates that take part, share of the documents they are
 # asked; and the share of all candidates that is then scored on every document.
-ROUNDS = ((1 / 7, 0.2), (1 / 15, 0.45))
-FINALISTS, FINALISTS_LEAST = 1 / 30, 3
+ROUNDS = ((1 / 6, 0.15), (1 / 12, 0.35))
+FINALISTS, FINALISTS_LEAST = 1 / 24, 3
 # `auto` races searches of at least so many candidates, where it saves most of the documents.
 WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.3
 # How many candidates that found a document average its ease is shrunk by.
