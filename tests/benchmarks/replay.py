@@ -64,12 +64,23 @@ class Replay:
     def outcomes(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return exact match and likelihood of every document, for a point of the unit cube."""
         point = np.asarray(point, float)
-        scores = np.array([process.predict(point[None])[0] for process in self._processes])
         key = hashlib.blake2b(np.round(point, 9).tobytes(), digest_size=8).digest()
         rng = np.random.default_rng(int.from_bytes(key, "big"))
-        z = self._mean + scores @ self._axes + self._rest * rng.standard_normal(len(self._mean))
+        z = self._foretold(point) + self._rest * rng.standard_normal(len(self._mean))
         chance = expit(self._slope * (z - self._threshold))
         return (rng.random(len(z)) < chance).astype(float), expit(z)
+
+    def expected(self, point: np.ndarray) -> list[float]:
+        """Return each task's expected exact match over all documents: the score without any draw."""
+        noise = np.random.default_rng(0).standard_normal((64, len(self._mean)))
+        z = self._foretold(np.asarray(point, float)) + self._rest * noise
+        chance = expit(self._slope * (z - self._threshold)).mean(axis=0)
+        return [float(chance[its].mean()) for its in self.documents]
+
+    def _foretold(self, point: np.ndarray) -> np.ndarray:
+        scores = np.array([process.predict(point[None])[0] for process in self._processes])
+        foretold: np.ndarray = self._mean + scores @ self._axes
+        return foretold
 
     @cached_property
     def documents(self) -> list[np.ndarray]:
