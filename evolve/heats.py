@@ -48,7 +48,7 @@ class Heats:
 
     def begin(self, number: int, recipe: Recipe) -> Job:
         """Return a candidate's first job."""
-        prompting, signal = self._plan.setup.prompting, self._plan.search_file.search.signal
+        prompting, signal = self._plan.setup.prompting, self._plan.search_file.search.followed
         asked = by_leaf(self.race.blocks(number)[0]) if self.race else None
         return Job(
             str(number), "trial", recipe, ("search",), (prompting,), signal=signal, documents=asked

@@ -44,7 +44,7 @@ class Objectives:
 
     def __init__(self, tasks: TaskSet, settings: SearchSettings, signal: Signal | None = None) -> None:
         self._tasks = tasks
-        self._signal = signal or settings.signal
+        self._signal = signal or settings.followed
         self._followed = tasks.following(self._signal)
         self._is_pareto = settings.objective == "pareto"
         self._constraints = settings.constraints
@@ -102,7 +102,7 @@ class Objectives:
 def constraint_faults(settings: SearchSettings, tasks: TaskSet, base_model: str | None) -> list[str]:
     """List constraints on what is not scored, and those that need a base where there is none."""
     keys = [task.key for task in tasks.tasks]
-    scored = [task.key for task in tasks.following(settings.signal).tasks]
+    scored = [task.key for task in tasks.following(settings.followed).tasks]
     faults = []
     for i, constraint in enumerate(settings.constraints):
         entry = f"search.constraints[{i}]"

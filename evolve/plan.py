@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from evolve.automatic import race_of, resolve_racing, resolve_signal
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
 from evolve.genome import GenomeSpace
 from evolve.objectives import Objectives, constraint_faults
-from evolve.racing import Race, race_over
+from evolve.racing import Race
 from evolve.samplers import resolve_sampler
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace
@@ -73,7 +74,7 @@ class Plan:
     @property
     def followed(self) -> TaskSet:
         """What is scored of a candidate: the tasks by `search.signal`."""
-        return self.tasks.following(self.search_file.search.signal)
+        return self.tasks.following(self.search_file.search.followed)
 
     @property
     def objectives(self) -> Objectives:
@@ -82,7 +83,8 @@ class Plan:
 
     def race(self) -> Race | None:
         """Return a new race, where candidates are raced."""
-        return _race(self.search_file, self.tasks) if self.search_file.search.racing == "always" else None
+        settings = self.search_file.search
+        return race_of(settings, self.tasks) if settings.racing == "always" else None
 
     @property
     def n_layers(self) -> int:
@@ -167,8 +169,10 @@ def make_plan(
                 )
             sets.append(tasks)
             if make is TaskSet:
-                tasks.following(search_file.search.signal)
-                racing = _resolve_racing(search_file, tasks)
+                signal = resolve_signal(search_file.search, tasks)
+                search_file = search_file.changed(search={"signal": signal})
+                tasks.following(signal)
+                racing = resolve_racing(search_file.search, tasks)
                 search_file = search_file.changed(search={"racing": racing})
         except SearchFileError as error:
             faults += error.faults
@@ -196,36 +200,10 @@ def make_plan(
         seed=search_file.search.seed,
         prompting=Prompting(reference, search_file.scoring.apply_chat_template),
         allow_unsafe_code=allow_unsafe_code,
-        signal=search_file.search.signal,
+        signal=search_file.search.followed,
         report_only=tuple(search_file.report_only),
     )
     return Plan(search_file, space, tasks, sources, start, setup, why, tuple(notes), *reported)
-
-
-def _race(search_file: SearchFile, tasks: TaskSet) -> Race | None:
-    settings = search_file.search
-    followed = tasks.following(settings.signal).tasks
-    is_pareto = settings.objective == "pareto"
-    return race_over(followed, settings.n_iterations, settings.seed, is_pareto)
-
-
-def _resolve_racing(search_file: SearchFile, tasks: TaskSet) -> str:
-    """Choose for `auto`: race where that saves most of the documents.
-
-    Raises:
-        SearchFileError: racing is asked for, and a score is no mean over documents.
-    """
-    asked = search_file.search.racing
-    if asked == "none":
-        return asked
-    race = _race(search_file, tasks)
-    if race is None and asked == "always":
-        whole = [t.key for t in tasks.following(search_file.search.signal).tasks if not t.is_raced]
-        raise SearchFileError(
-            f"search.racing is always, but {', '.join(whole)} cannot be told from a part of the "
-            f"documents; write auto or none"
-        )
-    return "always" if race and (asked == "always" or race.is_worthwhile()) else "none"
 
 
 def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:

@@ -162,7 +162,7 @@ class SearchSettings(_Section):
     """Of cma: candidates a generation; null = the sampler's own."""
     racing: Literal["auto", "always", "none"] = "auto"
     """Whether candidates are asked blocks of documents first; `auto`: where it saves most of them."""
-    signal: Signal = "metric"
+    signal: Literal["auto", "metric", "likelihood", "both"] = "metric"
     """What the sampler follows; the verdict is on the tasks' own metrics."""
     rounds: int = Field(default=1, ge=1)
     """Rounds of search; each next one merges the best merges of the one before as well."""
@@ -175,6 +175,12 @@ class SearchSettings(_Section):
     max_failed_share: float = Field(default=0.5, gt=0, le=1)
     """Stop when more than this share of the candidates failed (after the first five)."""
     constraints: list[Constraint] = Field(default_factory=list)
+
+    @property
+    def followed(self) -> Signal:
+        """The signal that the sampler follows, once `auto` is resolved."""
+        assert self.signal != "auto", "resolve_signal comes first"
+        return self.signal
 
 
 class ScoringSettings(_Section):

@@ -158,6 +158,11 @@ class TaskSet:
         return files
 
     @cached_property
+    def have_references(self) -> bool:
+        """Whether every entry has reference answers."""
+        return all(likelihood_of(task) is not None for task in self.tasks)
+
+    @cached_property
     def likelihoods(self) -> dict[str, Likelihood]:
         """The likelihoods of the entries that have reference answers, by the entries' keys.
 

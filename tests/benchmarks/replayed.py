@@ -4,9 +4,9 @@
 
 Each search runs the product's own samplers, proposer and racing; only merge, load and score are
 replayed (see replay.py). Half of the documents, drawn by seed, rank candidates, the others are the
-holdout. A winner's score is its sum of two exact-match scores on the holdout; "expected" is that sum over all documents,
-without the draw of each outcome. Differences are paired by seed; their 95% intervals are Student's
-over the seeds.
+holdout. A winner's score is its sum of two exact-match scores on the holdout; "expected" is that
+sum over all documents, without the draw of each outcome. Differences are paired by seed; their 95%
+intervals are Student's over the seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from functools import cache
 
 import cma
 import numpy as np
+from evolve.samplers.auto import resolve_sampler
+from evolve.samplers.known import known_recipes
+from evolve.samplers.proposer import Proposer
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from replay import TASKS, Replay
 from scipy.stats import t as student
@@ -26,9 +29,6 @@ from scipy.stats import t as student
 from evolve.front import hypervolume, non_dominated
 from evolve.racing import FINALISTS, Race, Values
 from evolve.samplers import make_sampler
-from evolve.samplers.auto import resolve_sampler
-from evolve.samplers.known import known_recipes
-from evolve.samplers.proposer import Proposer
 from evolve.space import SearchSpace, Space, Value
 
 MODELS = ("addition", "roman")
@@ -84,7 +84,9 @@ class Bench:
         return math.sqrt(sum(answers[its].var() / len(its) for its in self.search))
 
     def race(self, n: int, is_pareto: bool = False) -> Race:
-        documents = {task: [(task, int(d)) for d in its] for task, its in zip(TASKS, self.search, strict=True)}
+        documents = {
+            task: [(task, int(d)) for d in its] for task, its in zip(TASKS, self.search, strict=True)
+        }
         return Race(documents, dict.fromkeys(TASKS, 1.0), n, self.seed, is_pareto)
 
 
@@ -270,15 +272,26 @@ def racing(n_seeds: int, n: int) -> None:
                 lambda p, b=bench: sum(b.scores(p, holdout=True)),
                 lambda p, b=bench: sum(b.replay.expected(p)),
             ):
-                each += [score(whole.point), score(part.point), score(part.point) >= score(whole.point) - error]
+                each += [
+                    score(whole.point),
+                    score(part.point),
+                    score(part.point) >= score(whole.point) - error,
+                ]
             rows.append([part.share, error, *each])
         table = np.array(rows, float)
         mean = table.mean(axis=0)
-        print(f"{signal}: {mean[0]:.1%} of the documents (at most {table[:, 0].max():.1%}); one standard error {mean[1]:.3f}")
+        print(
+            f"{signal}: {mean[0]:.1%} of the documents (at most {table[:, 0].max():.1%}); one standard "
+            f"error is {mean[1]:.3f}"
+        )
         for i, name in enumerate(("search documents", "holdout", "expected")):
             a, b, _ = mean[2 + 3 * i : 5 + 3 * i]
             within = int(table[:, 4 + 3 * i].sum())
-            print(f"  {name:16} full {a:.3f}, raced {b:.3f}; within one standard error {within} of {n_seeds}", flush=True)
+            print(
+                f"  {name:16} full {a:.3f}, raced {b:.3f}; within one standard error on {within} of "
+                f"{n_seeds}",
+                flush=True,
+            )
 
 
 def fronts(n_seeds: int, n: int) -> None:
