@@ -168,6 +168,8 @@ def joined(some: Outcomes, more: Outcomes) -> Outcomes:
     """Return the outcomes of both, each document once, in order of leaves and documents."""
     both = {}
     for key in some:
-        every = {(outcome.leaf, outcome.document): outcome for outcome in (*some[key], *more[key])}
+        every = {
+            (outcome.leaf, outcome.document): outcome for outcome in (*some[key], *more.get(key, ()))
+        }
         both[key] = [every[place] for place in sorted(every)]
     return both

@@ -199,7 +199,10 @@ class Worker:
             seconds.score = time.perf_counter() - began
             for by_split in result.outcomes.values():
                 for split, outcomes in by_split.items():
-                    self._tasks_of(split).following(job.signal).scores(outcomes)
+                    for task in self._tasks_of(split).following(job.signal).tasks:
+                        # A few documents may be of other entries only.
+                        if outcomes[task.key] or job.documents is None:
+                            task.score(outcomes[task.key])
         except TrialError as error:
             result.outcomes = {}
             result.failure = (error.kind, str(error))
