@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from evolve.baselines import baseline_jobs, same_prompts
-from evolve.engines import EngineSettings, resolve_backend, resolve_device
+from evolve.engines import EngineSettings, resolve_backend, resolve_device, shape
 from evolve.errors import SearchFileError, TrialEngineError
 from evolve.intervals import difference_interval, score_interval
 from evolve.memory import refuse_too_large
@@ -21,9 +20,6 @@ from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
 from merge_core.errors import CheckpointError, RecipeError, nearest
 from merge_core.plan import Sources, donor, merged_config, model_alone, plan_merge
 from merge_core.recipe import Recipe, load_yaml
-
-# What a config says of where a model came from, not of what it computes.
-_ORIGIN = ("_name_or_path", "name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def _outcomes(
     split = SPLITS[SPLITS.index(options.split)]
     by_shape: dict[str, list[str]] = {}
     for name, setup in setups.items():
-        by_shape.setdefault(_shape(setup.engine), []).append(name)
+        by_shape.setdefault(shape(setup.engine), []).append(name)
     n_done = 0
     for names in by_shape.values():
         setup = setups[names[0]]
@@ -176,15 +172,6 @@ def _verify(worker: Worker, name: str, recipe: Recipe) -> None:
             f"{name}: the engine holds other weights than the recipe gives, in {len(differences)} "
             f"places: {'; '.join(differences[:3])}"
         )
-
-
-def _shape(engine: EngineSettings) -> str:
-    """Spell what an engine is built from; models that agree in it can take turns in one."""
-    config = {key: value for key, value in engine.config.items() if key not in _ORIGIN}
-    generation = engine.folder / "generation_config.json"
-    defaults = json.loads(generation.read_text()) if generation.is_file() else {}
-    defaults = {key: value for key, value in defaults.items() if key not in _ORIGIN}
-    return json.dumps([config, defaults], sort_keys=True)
 
 
 def _scored(name: str, outcomes: Mapping[str, Outcomes], tasks: TaskSet, over: str) -> dict[str, Any]:

@@ -217,7 +217,8 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
     try:
         plan_merge(start, sources)
         config = merged_config(start, sources)
-        dtypes = {_dtype(merged_config(recipe, sources)) for recipe in space.examples()}
+        for recipe in space.examples():
+            merged_config(recipe, sources)
     except MergeError as error:
         return list(error.faults)
     folder = sources.architecture(donor(start)).checkpoint.folder
@@ -225,16 +226,7 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
         faults.append(
             f"model {donor(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
         )
-    if len(dtypes) > 1:  # the engine has one dtype: what it scored would not be what is shipped
-        faults.append(
-            f"dtype: candidates would have dtypes {sorted(map(str, dtypes))}, and the engine "
-            f"runs in one; fix dtype (and out_dtype)"
-        )
     kind = config.get("model_type")
     if not kind and "auto_map" not in config:
         faults.append(f"{folder / 'config.json'} has no model_type; use a Transformers model")
     return faults
-
-
-def _dtype(config: dict[str, Any]) -> Any:
-    return config.get("dtype") or config.get("torch_dtype")

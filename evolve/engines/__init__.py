@@ -6,6 +6,7 @@ of merged tensors.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
     from merge_core.recipe import Recipe
     from merge_core.sources import Sources
+
+# What a config says of where a model came from, not of what it computes.
+_ORIGIN = ("_name_or_path", "name_or_path", "transformers_version")
 
 
 class Engine(Protocol):
@@ -115,3 +119,12 @@ def start_engine(backend: str, settings: EngineSettings) -> Engine:
     from evolve.engines.hf import HfEngine
 
     return HfEngine(settings)
+
+
+def shape(engine: EngineSettings) -> str:
+    """Spell what an engine is built from; models that agree in it can take turns in one."""
+    config = {key: value for key, value in engine.config.items() if key not in _ORIGIN}
+    generation = engine.folder / "generation_config.json"
+    defaults = json.loads(generation.read_text()) if generation.is_file() else {}
+    defaults = {key: value for key, value in defaults.items() if key not in _ORIGIN}
+    return json.dumps([config, defaults], sort_keys=True)

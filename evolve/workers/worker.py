@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from evolve.engines import Engine, EngineSettings, start_engine
+from evolve.engines import Engine, EngineSettings, shape, start_engine
 from evolve.errors import TrialEngineError, TrialError, boundary
 from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet, report_set
 from merge_core.checkpoint.locate import locate
-from merge_core.plan import Sources, model_alone
+from merge_core.plan import Sources, merged_config, model_alone
 from merge_core.recipe import Recipe
 
 
@@ -125,6 +125,7 @@ class Worker:
         )
         self.sources = sources or Sources(keep=True)
         self.engine: Engine = start_engine(setup.backend, setup.engine)
+        self._shape: str | None = shape(setup.engine)
         self._held: Recipe | None = None
         self._reported = reported
         self._banks: dict[tuple[Prompting, bool], RequestBank] = {}
@@ -158,6 +159,16 @@ class Worker:
         recipe = Recipe.parse({**model_alone(reference).as_config(), "out_dtype": dtype})
         self._load(recipe)
 
+    def _fit(self, recipe: Recipe) -> None:
+        """Have an engine of the merged model's shape; other layers or another dtype need another one."""
+        settings = replace(self.setup.engine, config=merged_config(recipe, self.sources))
+        if (wanted := shape(settings)) != self._shape:
+            if self._shape is not None:
+                self.close()
+            self._shape, self._held = None, None  # in case it does not start
+            self.engine = start_engine(self.setup.backend, settings)
+            self._shape = wanted
+
     def _load(self, recipe: Recipe) -> tuple[float, float]:
         self._held = None  # whatever a load that fails leaves behind
         seconds = self.engine.load_recipe(recipe, self.sources)
@@ -178,6 +189,10 @@ class Worker:
         result = Result(job)
         seconds = result.seconds
         try:
+            began = time.perf_counter()
+            with boundary(TrialEngineError, "starting an engine of the merged model's shape"):
+                self._fit(job.recipe)
+            fitting = time.perf_counter() - began
             # Before the candidate's weights: a new bank may load those of its references.
             with boundary(TrialEngineError, "preparing the requests"):
                 banks = {
@@ -188,6 +203,7 @@ class Worker:
             # A candidate that is asked block by block is loaded once.
             if job.documents is None or job.recipe != self._held:
                 seconds.merge, seconds.load = self._load(job.recipe)
+            seconds.load += fitting
             began = time.perf_counter()
             for (prompting, split), bank in banks.items():
                 with boundary(TrialEngineError, "answering the requests"):
