@@ -212,10 +212,9 @@ def test_help_answers_without_the_heavy_imports() -> None:
     [
         ({"scoring": {"engine": {"batch_size": "banana"}, "limit": 5}}, "scoring.engine"),
         ({"scoring": {"holdout": 0.001}}, "scoring.holdout"),
-        ({"dtype": {"choices": ["float32", "bfloat16"]}}, "the engine runs in one"),
         ({"tasks": [{"name": "qs_sort", "weight": float("inf")}]}, "tasks[0].weight"),
     ],
-    ids=["engine option", "holdout of nothing", "two dtypes", "infinite weight"],
+    ids=["engine option", "holdout of nothing", "infinite weight"],
 )
 def test_a_new_search_writes_nothing_before_its_engine_is_up(
     changes: dict[str, object],
