@@ -7,11 +7,27 @@ total violation (Deb 2000, https://doi.org/10.1016/S0045-7825(99)00389-8).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 # The reference point is fixed by so many trials, which hold the known recipes and a first look around.
 N_FIRST = 10
+
+
+@dataclass(frozen=True)
+class Hypervolume:
+    """How much of the space of values a front dominates.
+
+    Attributes:
+        reference: the point it is measured from, see `reference_point`.
+        value: now.
+        over_time: after each finished trial, in the order in which they were told.
+    """
+
+    reference: list[float]
+    value: float
+    over_time: list[float]
 
 
 def ranking(values: np.ndarray, violations: Sequence[float]) -> list[int]:
@@ -107,7 +123,7 @@ def _added(side: np.ndarray, others: np.ndarray) -> float:
 
 
 def hypervolume_over_time(values: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Return the hypervolume after each point; it never falls.
+    """Return the hypervolume after each point; it never falls. NaN stands for what does not count.
 
     Args:
         values: in the order in which they were told; shape (points, objectives).

@@ -5,7 +5,7 @@ What is scored here is no trial; see `evolve.kept`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 from evolve.baselines import baseline_jobs
@@ -16,7 +16,7 @@ from evolve.noise import Noise, measured
 from evolve.plan import Plan
 from evolve.study import Study, is_violating, load_outcomes
 from evolve.tasks import SPLITS, Outcomes, Split
-from evolve.verdict import SHORTLIST, Elsewhere, Verdict, conclude, winner_of
+from evolve.verdict import SHORTLIST, Elsewhere, Verdict, conclude, constrained, winner_of
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 
@@ -26,7 +26,7 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
     if study.best() is None:
         return None
     finalists = frozen_shortlist(study, plan)
-    splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
+    splits = _splits(plan)
     jobs = _baseline_jobs(plan)
     baselines = {
         job.name: outcomes
@@ -34,7 +34,8 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
         if (outcomes := kept_outcomes(study, plan, pool, job, f"baseline-{i}", scored))
     }
     members = _members(study, plan, pool, finalists, splits[-1], scored)
-    number = winner_of(plan.tasks, {n: outcomes["holdout"] for n, outcomes in members.items()})
+    holdouts = {n: by_split["holdout"] for n, by_split in members.items()}
+    number = _winner(study, plan, holdouts)
     winner = _job(study, plan, number, splits[-1])
     noise = _noise(study, plan, pool, winner, members[number][splits[-1]], scored)
     elsewhere = None
@@ -45,8 +46,9 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
             raise _unscored(study, f"report-{number}", "the tasks of report_only")
         by_name = {name: by_split["report"] for name, by_split in baselines.items()}
         elsewhere = Elsewhere(plan.report_only, outcomes["report"], by_name)
-    holdouts = {n: by_split["holdout"] for n, by_split in members.items()}
-    verdict = conclude(plan.tasks, holdouts, baselines, noise, elsewhere)
+    verdict = conclude(plan.tasks, holdouts, baselines, noise, elsewhere, number)
+    if (violations := study.violations(study.trials()[number])) is not None:
+        verdict = constrained(verdict, violations, _violations(plan, holdouts[number], baselines))
     unscored = [job.name for job in jobs if job.name not in baselines]
     unscored += [f"trial {n}" for n in finalists if n not in members]
     if unscored:
@@ -63,16 +65,18 @@ def base_scores(
 ) -> dict[str, float] | None:
     """Score the base model on the search documents, where a constraint refers to it.
 
-    It is the first of the baselines: the verdict recalls what is scored here.
+    It is one of the baselines: the verdict recalls what is scored here.
 
     Raises:
         SearchStoppedError: it cannot be scored.
     """
     if not plan.objectives.needs_base:
         return None
-    outcomes = kept_outcomes(study, plan, pool, _baseline_jobs(plan)[0], "baseline-0", scored)
+    jobs = _baseline_jobs(plan)
+    (i,) = (i for i, job in enumerate(jobs) if job.name == plan.start.base_model)
+    outcomes = kept_outcomes(study, plan, pool, jobs[i], f"baseline-{i}", scored)
     if outcomes is None:
-        name, kind, text = study.note("baseline-0 failed")
+        name, kind, text = study.note(f"baseline-{i} failed")
         raise SearchStoppedError(
             f"search.constraints refer to the base model {name}, which could not be scored ({kind}: "
             f"{text}); write a score in place of `not_below: base`"
@@ -80,9 +84,24 @@ def base_scores(
     return plan.tasks.scores(outcomes["search"])
 
 
+def _violations(
+    plan: Plan, winner: Outcomes, baselines: Mapping[str, Mapping[Split, Outcomes]]
+) -> dict[str, float]:
+    """Return the winner's violations on the holdout, by constraint; empty where there is none."""
+    if not any(winner.values()):
+        return {}
+    base = None
+    if plan.objectives.needs_base and plan.start.base_model:
+        base = plan.tasks.scores(baselines[plan.start.base_model]["holdout"])
+    return plan.objectives.violations(plan.tasks.scores(winner), base)
+
+
+def _splits(plan: Plan) -> tuple[Split, ...]:
+    return SPLITS if plan.search_file.scoring.holdout else ("search",)
+
+
 def _baseline_jobs(plan: Plan) -> list[Job]:
-    splits: tuple[Split, ...] = SPLITS if plan.search_file.scoring.holdout else ("search",)
-    splits += ("report",) if plan.report_only else ()
+    splits = (*_splits(plan), *(("report",) if plan.report_only else ()))
     jobs = baseline_jobs(plan.start, plan.setup.prompting, plan.references())
     return [replace(job, splits=splits) for job in jobs]
 
@@ -119,6 +138,19 @@ def frozen_shortlist(study: Study, plan: Plan) -> list[int]:
         study.keep_note("shortlist", kept)
     finalists: list[int] = kept["trials"]
     return finalists
+
+
+def _winner(study: Study, plan: Plan, members: Mapping[int, Outcomes]) -> int:
+    """Choose among the members by their holdout outcomes, in the search's order.
+
+    One that violates a constraint wins only where all do. Of a Pareto front it is the default choice:
+    members of earlier shortlists only widen the intervals.
+    """
+    trials = study.trials()
+    eligible = [n for n in members if not is_violating(study.violations(trials[n]))] or list(members)
+    if plan.search_file.search.objective == "pareto":
+        return eligible[0]
+    return winner_of(plan.tasks, {n: members[n] for n in eligible})
 
 
 def _members(

@@ -26,7 +26,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from evolve.errors import ResumeRefusedError, SearchFileError, StorageError
-from evolve.front import front, ranking
+from evolve.front import Hypervolume, front, hypervolume_over_time, ranking, reference_point
 from evolve.objectives import Rating
 from evolve.samplers import Proposal
 from evolve.search_file import SearchFile
@@ -284,13 +284,15 @@ class Study:
     def best(self) -> FrozenTrial | None:
         """The first of `ranked`, or the finalist that the holdout preferred to it.
 
-        The holdout's choice stands until a later trial outdoes all that it was asked about.
+        The holdout's choice stands until a later trial outdoes all that it was asked about. Of a
+        Pareto front it chooses none.
         """
         ranked = self.ranked()
         verdict = self.note("verdict")
-        if verdict and ranked[0].number in [member["trial"] for member in verdict["shortlist"]]:
-            chosen: int = verdict["trial"]
-            return self.trials()[chosen]
+        if verdict and len(ranked[0].values) == 1:
+            if ranked[0].number in [member["trial"] for member in verdict["shortlist"]]:
+                chosen: int = verdict["trial"]
+                return self.trials()[chosen]
         return next(iter(ranked), None)
 
     def front(self) -> list[FrozenTrial]:
@@ -309,6 +311,24 @@ class Study:
             violations = [total_violation(trial) for trial in trials]
         members = [trials[i] for i in front(values, violations)]
         return sorted(members, key=lambda trial: trial.number)
+
+    def hypervolume(self) -> Hypervolume | None:
+        """What the front dominates of the values that samplers see, and did after each finished trial.
+
+        Failed trials and those that violate a constraint add nothing. None with one value a trial,
+        or where none is complete.
+        """
+        told = sorted(self.finished(), key=lambda trial: int(trial.user_attrs["told"]))
+        complete = [trial for trial in told if trial.state == TrialState.COMPLETE]
+        if not complete or len(complete[0].values) == 1:
+            return None
+        reference = reference_point(np.array([trial.values for trial in complete]))
+        nothing = [float("nan")] * len(reference)
+        counted = [
+            trial.values if trial.values and not total_violation(trial) else nothing for trial in told
+        ]
+        over_time = hypervolume_over_time(np.array(counted), reference)
+        return Hypervolume(reference.tolist(), over_time[-1], over_time)
 
     # ---- finals -------------------------------------------------------------------------------
 

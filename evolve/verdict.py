@@ -79,6 +79,7 @@ class Verdict:
         elsewhere: of these, the winner minus each baseline: by task, by baseline.
         documents_needed: holdout documents that would show a gain of the size seen; None where it is
             shown, or is none.
+        violations: the winner's by split and constraint; at most 0 where it is met.
     """
 
     trial: int
@@ -93,10 +94,16 @@ class Verdict:
     report_only: dict[str, Interval] = field(default_factory=dict)
     elsewhere: dict[str, dict[str, Difference]] = field(default_factory=dict)
     documents_needed: int | None = None
+    violations: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def is_shown(self) -> bool:
-        """Whether the gain's interval lies above zero, and the gain above the noise floor."""
+        """Whether the gain's interval lies above zero, and the gain above the noise floor.
+
+        Where no candidate meets every constraint on the search documents, no gain is shown.
+        """
+        if _broken(self.violations.get("search", {})):
+            return False
         return self.gain is not None and self.gain.low > 0 and self.gain.value > _floor(self.noise)
 
     @classmethod
@@ -154,6 +161,7 @@ def conclude(
     baselines: Mapping[str, Mapping[Split, Outcomes]],
     noise: Noise | None = None,
     elsewhere: Elsewhere | None = None,
+    trial: int | None = None,
 ) -> Verdict:
     """Compare the winner with the best baseline on the holdout.
 
@@ -162,8 +170,9 @@ def conclude(
         baselines: by name the outcomes of each split.
         noise: how far scorings of the winner differ; a gain no larger is not claimed.
         elsewhere: tasks that are only reported.
+        trial: the winner, where not every member may win.
     """
-    trial = winner_of(tasks, members)
+    trial = winner_of(tasks, members) if trial is None else trial
     has_holdout = _has_holdout(members)
     measured = []
     for name, outcomes in baselines.items():
@@ -230,6 +239,30 @@ def _reported(trial: int, elsewhere: Elsewhere) -> dict[str, Any]:
 
 def _floor(noise: Noise | None) -> float:
     return noise.floor if noise else 0.0
+
+
+def constrained(verdict: Verdict, search: Mapping[str, float], holdout: Mapping[str, float]) -> Verdict:
+    """Add what the winner keeps of the constraints, on search and holdout documents.
+
+    Where it meets not all of them on the search documents no candidate did, and nothing is claimed.
+
+    Args:
+        search, holdout: by constraint how far it is violated; at most 0 where it is met.
+    """
+    text = verdict.text
+    if broken := _broken(search):
+        text = f"no gain shown: no candidate met every constraint; the nearest violates {broken}"
+    elif broken := _broken(holdout):
+        text = f"{text}; on the holdout the winner violates {broken}"
+    elif holdout:
+        text = f"{text}; the constraints are met on the holdout too"
+    violations = {"search": dict(search), "holdout": dict(holdout)}
+    return replace(verdict, text=text, violations=violations)
+
+
+def _broken(violations: Mapping[str, float]) -> str:
+    found = [f"'{name}' by {violation:.3f}" for name, violation in violations.items() if violation > 0]
+    return " and ".join(found)
 
 
 # ---- the sentence -------------------------------------------------------------------------------
