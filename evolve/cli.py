@@ -213,50 +213,78 @@ def export(
     folder: Annotated[Path, typer.Argument(help="storage path of a search", metavar="DIR")],
     trial: Annotated[int | None, typer.Option(help="trial number; default: the best")] = None,
     pareto: Annotated[bool, typer.Option("--pareto", help="every member of the Pareto front")] = False,
-    output: Annotated[Path | None, typer.Option("-o", help="file; default: stdout")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", help="file, or with --pareto a folder; default: stdout")
+    ] = None,
 ) -> None:
-    """Write a trial's recipe as a plain merge config."""
-    from optuna.trial import TrialState
-
+    """Write a trial's recipe as a plain merge config, or those of the front."""
     from evolve.errors import SearchFileError
     from evolve.export import export_yaml
     from merge_core.checkpoint.write import write_text
 
     study, recipe_of, verdict = _open(folder)
+    seed, documents = study.search_file().search.seed, study.note("documents")
+    texts = {}
+    for member in _exported(study, trial, pareto):
+        holdout = verdict.holdout if verdict and verdict.trial == member.number else {}
+        texts[f"trial-{member.number}.yml"] = export_yaml(
+            recipe_of(member),
+            study.name,
+            member.number,
+            seed,
+            study.scores(member),
+            {name: vars(interval) for name, interval in holdout.items()},
+            documents,
+            study.violations(member),
+            study.note("notices") or (),
+        )
+    whole = "---\n".join(texts.values())
+    if output is None:
+        print(whole, end="")
+        return
+    try:
+        if pareto and not output.suffix:
+            output.mkdir(parents=True, exist_ok=True)
+            for name, text in texts.items():
+                write_text(output / name, text)
+        else:
+            write_text(output, whole)
+    except OSError as error:
+        raise SearchFileError(
+            f"-o is {output}, which cannot be written ({error.strerror}); name another file"
+        ) from None
+
+
+def _exported(study: Study, number: int | None, pareto: bool) -> list[Any]:
+    """Return the trials that `evolve export` is asked for: the front, one by number, or the best."""
+    from optuna.trial import TrialState
+
+    from evolve.errors import SearchFileError
+
+    if pareto and number is not None:
+        raise SearchFileError(f"--trial is {number} beside --pareto; give one of them")
     trials = study.trials()
     best = study.best()
     if best is None:
         raise SearchFileError(
-            f"DIR is {folder}, where no trial is complete yet; let the search run first"
+            f"DIR is {study.folder}, where no trial is complete yet; let the search run first"
         )
-    # With one objective the Pareto front is the best trial.
-    number = best.number if trial is None or pareto else trial
+    if pareto:
+        if not (front := study.front()):
+            raise SearchFileError(
+                "--pareto asks for candidates that meet every constraint, and none does; without it "
+                "the nearest is exported"
+            )
+        return front
+    if number is None:
+        return [best]
     if not 0 <= number < len(trials) or trials[number].state != TrialState.COMPLETE:
         complete = [t.number for t in trials if t.state == TrialState.COMPLETE]
         raise SearchFileError(
             f"--trial is {number}, which is not a completed trial; use one of {complete[:20]}"
             + (" ..." if len(complete) > 20 else "")
         )
-    holdout = verdict.holdout if verdict and verdict.trial == number else {}
-    text = export_yaml(
-        recipe_of(trials[number]),
-        study.name,
-        number,
-        study.search_file().search.seed,
-        study.scores(trials[number]),
-        {name: vars(interval) for name, interval in holdout.items()},
-        study.note("documents"),
-        notices=study.note("notices") or (),
-    )
-    if output:
-        try:
-            write_text(output, text)
-        except OSError as error:
-            raise SearchFileError(
-                f"-o is {output}, which cannot be written ({error.strerror}); name another file"
-            ) from None
-    else:
-        print(text, end="")
+    return [trials[number]]
 
 
 def _open(folder: Path) -> tuple[Study, Callable[[Any], Any], Verdict | None]:

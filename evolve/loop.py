@@ -132,6 +132,7 @@ def run(
             search(study, plan, pool, heats, show)
             if are_needed(plan):
                 finals(study, plan, pool, heats, lambda: show("final"))
+                keep_current(study, plan, has_new_scores=True)
             verdict = judge(study, plan, pool, lambda: show("baseline"))
             show("verdict")
     finally:

@@ -64,6 +64,8 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         + (study.note("finals") or {}).get("documents", 0),
         "noise": asdict(verdict.noise) if verdict and is_current and verdict.noise else None,
         "verdict_notes": _notes_json(study, verdict) if verdict and is_current else None,
+        "hypervolume": asdict(volume) if (volume := study.hypervolume()) else None,
+        "violations": None if best is None else study.violations(best),
     }
 
 
@@ -136,6 +138,8 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         cells = (_cell(scores[task]) if task in scores else "" for task in (*tasks, *reported))
         table.add_row(row["name"], *cells)
     console.print(table)
+    if data["hypervolume"]:
+        _print_front(console, data)
     states = data["states"]
     console.print(
         f"{data['n_trials']} candidates ({states['COMPLETE']} complete, {states['FAIL']} failed), best "
@@ -165,6 +169,31 @@ def _finalists_line(finalists: list[dict[str, Any]]) -> str:
         for member in finalists
     )
     return f"finalists, with what each gained on the holdout: {', '.join(gains)}"
+
+
+def _print_front(console: Console, data: dict[str, Any]) -> None:
+    """Print the members of a Pareto front, and how the hypervolume grew."""
+    members = data["pareto"]
+    console.print(f"Pareto front on search documents: {len(members)} candidates", soft_wrap=True)
+    if members:
+        table = Table()
+        table.add_column("trial")
+        for task in members[0]["scores"]:
+            table.add_column(task, justify="right")
+        for member in members:
+            is_best = member["number"] == data["best"]["number"]
+            name = f"{member['number']}{' (knee, best.yml)' if is_best else ''}"
+            table.add_row(name, *(_cell(score) for score in member["scores"].values()))
+        console.print(table)
+    volume = data["hypervolume"]
+    so_far = volume["over_time"]
+    at = sorted({max(1, round(len(so_far) * share)) for share in (0.25, 0.5, 0.75, 1)})
+    reference = ", ".join(f"{value:.3f}" for value in volume["reference"])
+    console.print(
+        f"hypervolume {volume['value']:.4f} above ({reference}); "
+        + ", ".join(f"{so_far[n - 1]:.4f} after {n}" for n in at),
+        soft_wrap=True,
+    )
 
 
 def _noise_line(noise: dict[str, Any]) -> str:

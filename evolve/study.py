@@ -289,10 +289,10 @@ class Study:
         """
         ranked = self.ranked()
         verdict = self.note("verdict")
-        if verdict and len(ranked[0].values) == 1:
-            if ranked[0].number in [member["trial"] for member in verdict["shortlist"]]:
-                chosen: int = verdict["trial"]
-                return self.trials()[chosen]
+        asked = [member["trial"] for member in verdict["shortlist"]] if verdict else []
+        if asked and ranked[0].number in asked and len(ranked[0].values) == 1:
+            chosen: int = verdict["trial"]
+            return self.trials()[chosen]
         return next(iter(ranked), None)
 
     def front(self) -> list[FrozenTrial]:

@@ -74,8 +74,10 @@ def test_a_search_records_every_candidate_and_its_outcomes(finished: StudyResult
 def test_the_result_is_the_json_contract(finished: StudyResult) -> None:
     data = json.loads(json.dumps(result_json(finished)))
     keys = "study n_trials states best pareto baselines gain verdict seconds documents_scored noise "
-    keys += "verdict_notes"
+    keys += "verdict_notes hypervolume violations"
     assert list(data) == keys.split()
+    assert data["pareto"] == [{key: data["best"][key] for key in ("number", "scores")}]
+    assert data["hypervolume"] is data["violations"] is None
     assert data["n_trials"] == sum(data["states"].values()) == 8
     assert data["documents_scored"] == 8 * 30
     assert list(data["best"]) == ["number", "objective", "scores", "holdout", "recipe"]
