@@ -245,7 +245,7 @@ def start_pool(plan: Plan, workers: Workers) -> Pool:
         SearchFileError: the engine cannot fit or start with these settings.
     """
     n_here = 1 if workers.ray_address else workers.count
-    refuse_too_large(plan.start, plan.sources, plan.setup.engine.device, n_here)
+    refuse_too_large(plan.largest, plan.sources, plan.setup.engine.device, n_here)
     if workers.count == 1 and workers.ray_address is None:
         return LocalPool(Worker(plan.setup, plan.tasks, plan.sources, plan.report_only))
     from evolve.workers.ray import RayPool

@@ -84,13 +84,18 @@ def measure(engine: Engine, sources: Sources, references: Iterable[str], dtype: 
     )
 
 
-def refuse_too_large(start: Recipe, sources: Sources, device: str, n_workers: int) -> None:
+def merged_bytes(recipe: Recipe, sources: Sources) -> int:
+    """Return the size of a recipe's merged weights."""
+    return sum(planned.n_bytes for planned in plan_merge(recipe, sources))
+
+
+def refuse_too_large(recipe: Recipe, sources: Sources, device: str, n_workers: int) -> None:
     """Refuse an engine whose weights alone are more than the device can give.
 
     Raises:
         SearchFileError: with what is needed, what there is, and what to change.
     """
-    plan = plan_merge(start, sources)
+    plan = plan_merge(recipe, sources)
     wanted = sum(planned.n_bytes for planned in plan)
     if device == "cpu":
         left, where = memory_left(), "this machine"

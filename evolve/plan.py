@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from evolve.automatic import race_of, resolve_racing, resolve_signal
+from evolve.baselines import same_prompts
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
 from evolve.genome import GenomeSpace
+from evolve.memory import merged_bytes
 from evolve.objectives import Objectives, constraint_faults
 from evolve.racing import Race
 from evolve.samplers import resolve_sampler
@@ -85,6 +87,11 @@ class Plan:
         """Return a new race, where candidates are raced."""
         settings = self.search_file.search
         return race_of(settings, self.tasks) if settings.racing == "always" else None
+
+    @property
+    def largest(self) -> Recipe:
+        """The candidate whose weights take the most memory."""
+        return max(self.space.examples(), key=lambda recipe: merged_bytes(recipe, self.sources))
 
     @property
     def n_layers(self) -> int:
@@ -214,18 +221,28 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
         faults += sources.open_all([reference])
     if faults:
         return faults
-    try:
-        plan_merge(start, sources)
-        config = merged_config(start, sources)
-        for recipe in space.examples():
-            merged_config(recipe, sources)
-    except MergeError as error:
-        return list(error.faults)
+    config: dict[str, Any] = {}
+    donors: dict[str, None] = {}
+    for recipe in space.examples():
+        donors[donor(recipe)] = None
+        try:
+            plan_merge(recipe, sources)
+            config = config or merged_config(recipe, sources)
+        except MergeError as error:
+            faults += error.faults
+    if faults:
+        return list(dict.fromkeys(faults))
     folder = sources.architecture(donor(start)).checkpoint.folder
     if not has_tokenizer(folder):
         faults.append(
             f"model {donor(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
         )
+    faults += [
+        f"model {other!r} gives some candidates their tokenizer, which is another than that of "
+        f"{donor(start)!r}, and requests are built once; fix base_model, or use models with one tokenizer"
+        for other in donors
+        if not same_prompts(Prompting(donor(start), False), Prompting(other, False))
+    ]
     kind = config.get("model_type")
     if not kind and "auto_map" not in config:
         faults.append(f"{folder / 'config.json'} has no model_type; use a Transformers model")

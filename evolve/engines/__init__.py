@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from merge_core.sources import Sources
 
 # What a config says of where a model came from, not of what it computes.
-_ORIGIN = ("_name_or_path", "name_or_path", "transformers_version")
+_ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "torch_dtype")
 
 
 class Engine(Protocol):
@@ -123,8 +123,11 @@ def start_engine(backend: str, settings: EngineSettings) -> Engine:
 
 def shape(engine: EngineSettings) -> str:
     """Spell what an engine is built from; models that agree in it can take turns in one."""
-    config = {key: value for key, value in engine.config.items() if key not in _ORIGIN}
     generation = engine.folder / "generation_config.json"
     defaults = json.loads(generation.read_text()) if generation.is_file() else {}
-    defaults = {key: value for key, value in defaults.items() if key not in _ORIGIN}
-    return json.dumps([config, defaults], sort_keys=True)
+    config = {"dtype": engine.config.get("torch_dtype"), **engine.config}
+    return json.dumps([_computing(config), _computing(defaults)], sort_keys=True)
+
+
+def _computing(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: value for k, value in config.items() if k not in _ORIGIN and value is not None}

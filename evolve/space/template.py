@@ -9,8 +9,9 @@ from typing import Any
 
 from evolve.errors import SearchFileError
 from evolve.space.compile import Compiler
+from evolve.space.foldings import foldings
 from evolve.space.search_space import SearchSpace
-from evolve.space.tree import Maybe, Misfit, Slot, differences, fill, read
+from evolve.space.tree import Maybe, Misfit, Slot, differences, fill, read, skeleton, slots
 from evolve.space.variable import Value, Variable, holds
 from merge_core.errors import RecipeError
 from merge_core.recipe import Recipe
@@ -58,7 +59,9 @@ class Space(SearchSpace):
             faults = self._recipe_faults()
         if faults:
             raise SearchFileError(faults)
-        self._n_layers = n_layers
+        depth = n_layers() if n_layers and _has_many_points(self._tree) else None
+        shapes = (skeleton(self._tree, self.active(corner)) for corner in self._corners)
+        self.notes = foldings(shapes, depth)
 
     # ---- values and recipes -------------------------------------------------------------------
 
@@ -132,7 +135,7 @@ class Space(SearchSpace):
                 continue
             self._corners.append(corner)
             names = frozenset(self.active(corner))
-            if names not in seen:
+            if names not in seen or variable.name.endswith("merge_method"):
                 seen.add(names)
                 known = [text.rpartition(": ")[2] for text in faults]
                 faults.update(
@@ -212,6 +215,11 @@ class Space(SearchSpace):
         except RecipeError:
             return False
         return True
+
+
+def _has_many_points(tree: Any) -> bool:
+    """Tell whether a gradient has so many anchors that there may be fewer layers."""
+    return any(slot.repeat == 1 and len(slot.variables) > 2 for slot in slots(tree))
 
 
 def _groups(

@@ -98,6 +98,25 @@ def fill(node: Any, values: Mapping[str, Value]) -> Any:
     return node
 
 
+def skeleton(node: Any, values: Mapping[str, Value], in_parameters: bool = False) -> Any:
+    """Return the tree as plain data in which the slots of parameters stay.
+
+    Args:
+        values: of the active variables.
+    """
+    if isinstance(node, Slot):
+        return node if in_parameters else node.fill(values)
+    if isinstance(node, dict):
+        return {
+            key: skeleton(_inner(part), values, in_parameters or key == "parameters")
+            for key, part in node.items()
+            if _is_in(part, values)
+        }
+    if isinstance(node, list):
+        return [skeleton(_inner(item), values, in_parameters) for item in node if _is_in(item, values)]
+    return node
+
+
 def _is_in(node: Any, values: Mapping[str, Value]) -> bool:
     return not isinstance(node, Maybe) or holds(node.condition, values)
 

@@ -114,6 +114,10 @@ class RequestBank:
         others, targets = list_targets(likelihoods, split, built, own, self.lm, self.apply_chat_template)
         return _Lists(leaves, own, others, targets)
 
+    def ask(self, lm: LM) -> None:
+        """Have another LM of the same tokenizer answer from now on; the requests stay."""
+        self.lm = self._references.lm = lm
+
     # ---- references -----------------------------------------------------------------------------
 
     def needs_references(self) -> list[str]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from evolve.engines import Engine, EngineSettings, shape, start_engine
-from evolve.errors import TrialEngineError, TrialError, boundary
+from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundary
 from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet, report_set
 from merge_core.checkpoint.locate import locate
-from merge_core.plan import Sources, merged_config, model_alone
+from merge_core.plan import Sources, donor, merged_config, model_alone
 from merge_core.recipe import Recipe
 
 
@@ -103,6 +103,9 @@ class WorkerSetup:
 class Worker:
     """An engine, the open sources and the request banks of one process.
 
+    The engine stays up while candidates are of one shape: one config, its layers and dtype included.
+    For another it is closed and another is started; the requests stay as they were built.
+
     Args:
         setup: see WorkerSetup.
         tasks, sources, reported: reused where the caller has them already; `reported` are the tasks of
@@ -143,31 +146,47 @@ class Worker:
     def _bank(self, prompting: Prompting, split: Split) -> RequestBank:
         key = prompting, split == "report"
         if key not in self._banks:
+            if self._shape is None:  # the last engine did not start
+                self._fit(self.setup.engine)
             lm = self.engine.lm(Path(locate(prompting.tokenizer)))
             signal = "metric" if split == "report" else self.setup.signal
             bank = RequestBank(self._tasks_of(split), lm, prompting.apply_chat_template, signal=signal)
             for reference in bank.needs_references():
                 self._hold(reference)
-                bank.learn_reference(reference)
+                bank.learn_reference(reference, self.engine.lm(Path(locate(prompting.tokenizer))))
             self._banks[key] = bank
         return self._banks[key]
 
     def _hold(self, reference: str) -> None:
-        """Load a model as it is, in the engine's dtype."""
+        """Load a model as it is, in the first engine's dtype."""
+        self._fit(self.setup.engine)
         config = self.setup.engine.config
         dtype = config.get("dtype") or config.get("torch_dtype")
         recipe = Recipe.parse({**model_alone(reference).as_config(), "out_dtype": dtype})
         self._load(recipe)
 
-    def _fit(self, recipe: Recipe) -> None:
-        """Have an engine of the merged model's shape; other layers or another dtype need another one."""
-        settings = replace(self.setup.engine, config=merged_config(recipe, self.sources))
-        if (wanted := shape(settings)) != self._shape:
-            if self._shape is not None:
-                self.close()
-            self._shape, self._held = None, None  # in case it does not start
+    def _fit(self, settings: EngineSettings) -> None:
+        """Keep the engine where it is of this shape, else start another in its place."""
+        wanted = shape(settings)
+        if wanted == self._shape:
+            return
+        self._stop()
+        with boundary(TrialEngineError, "starting an engine of the merged model's shape"):
             self.engine = start_engine(self.setup.backend, settings)
-            self._shape = wanted
+        self._shape = wanted
+
+    def _settings(self, recipe: Recipe) -> EngineSettings:
+        """Say which engine a recipe's model needs."""
+        with boundary(TrialMergeError, "finding the merged model's shape"):
+            config = merged_config(recipe, self.sources)
+            folder = self.sources.architecture(donor(recipe)).checkpoint.folder
+        return replace(self.setup.engine, config=config, folder=folder)
+
+    def _stop(self) -> None:
+        """Close the engine where there is one: the last may not have started."""
+        if self._shape is not None:
+            self.engine.close()
+        self._shape, self._held = None, None
 
     def _load(self, recipe: Recipe) -> tuple[float, float]:
         self._held = None  # whatever a load that fails leaves behind
@@ -178,7 +197,7 @@ class Worker:
     def close(self) -> None:
         """Stop the engine and forget the requests."""
         self._banks.clear()
-        self.engine.close()
+        self._stop()
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure what sources and engine take; see `evolve.memory.measure`."""
@@ -189,10 +208,6 @@ class Worker:
         result = Result(job)
         seconds = result.seconds
         try:
-            began = time.perf_counter()
-            with boundary(TrialEngineError, "starting an engine of the merged model's shape"):
-                self._fit(job.recipe)
-            fitting = time.perf_counter() - began
             # Before the candidate's weights: a new bank may load those of its references.
             with boundary(TrialEngineError, "preparing the requests"):
                 banks = {
@@ -200,6 +215,11 @@ class Worker:
                     for prompting in job.promptings
                     for split in job.splits
                 }
+            began = time.perf_counter()
+            self._fit(self._settings(job.recipe))
+            for (prompting, _), bank in banks.items():
+                bank.ask(self.engine.lm(Path(locate(prompting.tokenizer))))
+            fitting = time.perf_counter() - began
             # A candidate that is asked block by block is loaded once.
             if job.documents is None or job.recipe != self._held:
                 seconds.merge, seconds.load = self._load(job.recipe)

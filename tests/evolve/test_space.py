@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -6,6 +7,8 @@ from hypothesis import strategies as st
 
 from evolve.errors import SearchFileError
 from evolve.space import Space, Value
+from merge_core.errors import RecipeError
+from merge_core.recipe import Recipe
 
 TEMPLATE = {
     "merge_method": "ties",
@@ -148,3 +151,182 @@ def test_steps_end_at_the_last_value_they_reach() -> None:
     }
     (variable,) = Space(template).variables
     assert {variable.from_unit(u / 10) for u in range(11)} == {0, 4}
+
+
+WEIGHT = {"low": -0.5, "high": 1.5}
+
+
+def two_models(**changes: Any) -> dict[str, Any]:
+    """A template of two models, with what a test changes."""
+    models = [{"model": name, "parameters": {"weight": WEIGHT}} for name in ("one", "two")]
+    return {"merge_method": "task_arithmetic", "base_model": "base", "models": models, **changes}
+
+
+def methods(*choices: str, **changes: Any) -> Space:
+    density = {"low": 0.1, "high": 1.0}
+    models = [
+        {"model": {"choices": ["one", None]}, "parameters": {"weight": WEIGHT, "density": density}},
+        {"model": "two", "parameters": {"weight": WEIGHT, "density": 0.5}},
+    ]
+    parameters = {"t": {"low": -0.5, "high": 1.5}, "normalize": True}
+    template = two_models(merge_method={"choices": [*choices]}, models=models, parameters=parameters)
+    return Space({**template, **changes})
+
+
+def test_parameters_that_a_method_does_not_have_are_left_out_with_it() -> None:
+    space = methods("ties", "linear", "slerp")
+    values = {**space.starts(), "merge_method": "linear"}
+    config = space.recipe(values).as_config()
+    assert config["models"][1]["parameters"] == {"weight": 0.5}
+    assert config["parameters"] == {"normalize": True}
+    assert set(values) - set(space.active(values)) == {"models[0].density", "t"}
+    slerp = {**values, "merge_method": "slerp", "models[0].model": None, "t": -0.25}
+    assert space.active(slerp) == {"merge_method": "slerp", "models[0].model": None, "t": -0.25}
+    assert space.recipe(slerp).as_config()["parameters"] == {"t": -0.25}
+
+
+def test_what_makes_a_variable_count_is_said() -> None:
+    conditions = {v.name: [str(c) for c in v.condition] for v in methods("ties", "slerp").variables}
+    assert conditions["models[0].density"] == ["models[0].model is on", "merge_method is ties"]
+    assert conditions["models[1].weight"] == ["merge_method is ties"]
+    assert conditions["merge_method"] == []
+
+
+def test_a_parameter_that_no_choice_has_is_a_fault_with_the_nearest_name() -> None:
+    models = [{"model": "one", "parameters": {"weight": 1.0, "desnity": {"low": 0.1, "high": 1}}}]
+    template = two_models(merge_method={"choices": ["ties", "dare_ties"]}, models=models)
+    with pytest.raises(SearchFileError, match="'desnity'; did you mean 'density'"):
+        Space(template)
+
+
+def test_a_choice_that_never_fits_is_told_and_why() -> None:
+    with pytest.raises(SearchFileError) as raised:
+        Space(two_models(merge_method={"choices": ["ties", "slerp"]}))
+    (missing, count) = sorted(raised.value.faults, reverse=True)
+    assert missing == ("merge_method slerp: parameters.t is missing; slerp needs it, add t: 0.5")
+    assert count.startswith("merge_method slerp: models lists 2 models besides the base; slerp takes 1")
+
+
+def test_a_range_that_one_method_does_not_admit_is_told_with_it() -> None:
+    density = {"low": 0.05, "high": 0.5}
+    models = [{"model": "one", "parameters": {"weight": 1.0, "density": density}}]
+    with pytest.raises(SearchFileError, match=r"merge_method della: .* choose a smaller epsilon"):
+        Space(two_models(merge_method={"choices": ["ties", "della"]}, models=models))
+
+
+def test_models_that_are_off_leave_the_recipe_and_too_few_are_an_invalid_point() -> None:
+    models = [
+        {"model": {"choices": [name, None]}, "parameters": {"weight": WEIGHT}} for name in ("one", "two")
+    ]
+    space = Space(two_models(models=models))
+    off = {**space.starts(), "models[0].model": None}
+    assert [entry.model for entry in space.recipe(off).models or ()] == ["two"]
+    with pytest.raises(RecipeError):
+        space.recipe({**off, "models[1].model": None})
+    assert space.references() == ["base", "one", "two"]
+
+
+def stacked(first: Any, second: Any) -> Space:
+    ranges = ([{"low": 0, "high": 4, "step": 1}, 4], [2, {"low": 1, "high": 6, "step": 1, "start": 4}])
+    sources = zip((first, second), ranges, strict=True)
+    slices = [{"sources": [{"model": model, "layer_range": layers}]} for model, layers in sources]
+    return Space({"merge_method": "passthrough", "slices": slices})
+
+
+def test_layer_bounds_are_whole_numbers_and_an_empty_range_is_an_invalid_point() -> None:
+    space = stacked("one", "two")
+    values = {**space.starts(), "slices[1].sources[0].layer_range[1]": 5}
+    slices = space.recipe(values).slices or ()
+    assert [entry.sources[0].layer_range for entry in slices] == [(2, 4), (2, 5)]
+    with pytest.raises(RecipeError, match="layer_range is"):
+        space.recipe({**values, "slices[1].sources[0].layer_range[1]": 2})
+    assert space.n_points == 5 * 6
+    # The longest that a candidate may be is among the examples, for the memory check.
+    lengths = [
+        sum(e.sources[0].layer_range[1] - e.sources[0].layer_range[0] for e in recipe.slices or ())
+        for recipe in space.examples()
+    ]
+    assert max(lengths) == 4 + 4
+
+
+def test_entries_with_one_model_are_switched_on_in_their_order() -> None:
+    entry = {"model": {"choices": ["one", None]}, "parameters": {"weight": WEIGHT}}
+    space = Space(two_models(models=[entry, entry, {"model": "two", "parameters": {"weight": 1.0}}]))
+    first = {**space.starts(), "models[1].model": None}
+    second = {**space.starts(), "models[0].model": None}
+    assert space.values(space.recipe(first)) == space.active(first)
+    with pytest.raises(RecipeError, match="the recipe of another candidate"):
+        space.recipe(second)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"models[0].weight": 2.0}, "models[0].weight is 2; the space has [-0.5, 1.5]"),
+        ({"lambda": 0.7}, "lambda is 0.7; the space has steps of 0.5 there, the nearest is 0.5"),
+        ({"dtype": "float16"}, "dtype is 'float16'; the space has the choices bfloat16, float32"),
+        ({"models[1].density": 0.4}, "models[1].density is 0.4; the space has 0.5 there"),
+        ({"lambda": None}, "lambda is missing; the space has it, add it"),
+    ],
+)
+def test_a_recipe_outside_the_space_is_told_what_differs(change: dict[str, Any], expected: str) -> None:
+    ties = two_models(
+        merge_method="ties",
+        parameters={"lambda": {"low": 0, "high": 2, "step": 0.5}},
+        dtype={"choices": ["bfloat16", "float32"]},
+    )
+    ties["models"][1] = {"model": "two", "parameters": {"weight": WEIGHT, "density": 0.5}}
+    space = Space(ties)
+    config = space.recipe(space.starts()).as_config()
+    ((path, value),) = change.items()
+    place, _, key = path.rpartition(".")
+    target = config["models"][int(place[7])]["parameters"] if place else config
+    target = target["parameters"] if key == "lambda" else target
+    if value is None:
+        del target[key]
+    else:
+        target[key] = value
+    with pytest.raises(SearchFileError) as raised:
+        space.values(Recipe.parse(config, strict=False))
+    assert expected in raised.value.faults
+
+
+def test_a_number_in_a_recipe_lies_in_a_space_of_gradients() -> None:
+    space = grouped(4)
+    config = space.recipe(space.starts()).as_config()
+    for entry, weight in zip(config["models"], (0.25, 0.75), strict=True):
+        entry["parameters"]["weight"] = weight
+    values = space.values(Recipe.parse(config))
+    assert list(values.values()) == [0.25] * 3 + [0.75] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"merge_method": "linear"}, "one of them, such as models[0].weight"),
+        ({"merge_method": "ties"}, "one of them, such as models[0].weight"),
+        ({"merge_method": "dare_ties", "parameters": {"normalize": True}}, "one of them"),
+        ({"merge_method": {"choices": ["task_arithmetic", "ties"]}}, "one of them"),
+        ({"parameters": {"lambda": {"low": 0.0, "high": 2.0}}}, "lambda, or models[0].weight"),
+    ],
+)
+def test_weights_whose_scale_cancels_are_noted(changes: dict[str, Any], fix: str) -> None:
+    (note,) = Space(two_models(**changes)).notes
+    assert f"fix {fix}" in note
+
+
+def test_a_fixed_weight_holds_the_scale_and_a_fixed_zero_does_not() -> None:
+    template = two_models(merge_method="ties")
+    fixed = {"model": "two", "parameters": {"weight": 1.0}}
+    assert Space({**template, "models": [template["models"][0], fixed]}).notes == []
+    off = {"model": "two", "parameters": {"weight": 0.0, "density": {"low": 0.1, "high": 1.0}}}
+    notes = Space({**template, "models": [template["models"][0], off]}).notes
+    assert "models[1].density has no effect: the model's weight is 0; fix it" in notes
+    assert len(notes) == 2
+    assert Space(two_models()).notes == []  # nothing divides the weights here
+
+
+def test_more_points_than_layers_are_noted() -> None:
+    models = [{"model": "one", "parameters": {"weight": {**WEIGHT, "points": 6}}}]
+    (note,) = Space(two_models(models=models), n_layers=lambda: 4).notes
+    assert "models[0].weight has 6 points over 4 layers" in note
