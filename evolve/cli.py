@@ -24,6 +24,7 @@ from evolve.method_table import methods
 from merge_core.errors import HubUnreachableError, MergeError
 
 if TYPE_CHECKING:
+    from evolve.loop import Workers
     from evolve.search_file import SearchFile
     from evolve.study import Study
     from evolve.verdict import Verdict
@@ -82,8 +83,14 @@ def run(
     trust_remote_code: TrustOption = False,
     allow_unsafe_code: UnsafeOption = False,
     check: Annotated[
-        bool, typer.Option("--check", help="do all up to the first candidate; write nothing")
+        bool,
+        typer.Option(
+            "--check", help="try a few candidates, say what the search will take; write nothing"
+        ),
     ] = False,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(min=0, help="with --check: what a GPU costs an hour")
+    ] = None,
     as_json: JsonOption = False,
     *,
     mergekit: MergekitFlags,
@@ -103,10 +110,17 @@ def run(
     if search_file.is_mergekit and not mergekit.consent:
         _warn_of_benchmarks(search_file)
     _quiet_libraries()
-    if check:
-        _check(search_file, device, trust_remote_code, allow_unsafe_code)
-        return
     from evolve import loop
+
+    placed = loop.Workers(workers, gpus_per_worker, ray_address)
+    if check:
+        options = {
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+            "allow_unsafe_code": allow_unsafe_code,
+        }
+        _check(search_file, placed, gpu_hour_price, as_json, **options)
+        return
     from evolve.progress import ProgressLine
     from evolve.report import print_result, result_json
 
@@ -116,7 +130,7 @@ def run(
             search_file,
             folder=storage_path,
             storage=storage,
-            workers=loop.Workers(workers, gpus_per_worker, ray_address),
+            workers=placed,
             device=device,
             trust_remote_code=trust_remote_code,
             allow_unsafe_code=allow_unsafe_code,
@@ -160,31 +174,33 @@ def _save_final_model(folder: Path) -> None:
 
 
 def _check(
-    search_file: Any, device: str | None, trust_remote_code: bool, allow_unsafe_code: bool
+    search_file: SearchFile, workers: Workers, price: float | None, as_json: bool, **options: Any
 ) -> None:
-    from evolve.loop import Workers, start_pool
+    from evolve.check import check_json, print_check
+    from evolve.loop import start_pool
     from evolve.plan import make_plan
     from evolve.progress import ProgressLine
-    from evolve.report import print_check
+    from evolve.rehearsal import rehearse
+    from merge_core.machine import process_seconds
 
     progress = ProgressLine()
+    under_way = _unless_paused(progress.under_way)
     try:
-        plan = make_plan(
-            search_file,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            allow_unsafe_code=allow_unsafe_code,
-            under_way=_unless_paused(progress.under_way),
-        )
-        progress.under_way(f"starting the {plan.setup.backend} engine")
-        pool = start_pool(plan, Workers())
-        memory = pool.memory(plan.references(), plan.start.dtype)
-        pool.close()
+        plan = make_plan(search_file, under_way=under_way, **options)
+        under_way(f"starting the {plan.setup.backend} engine")
+        pool = start_pool(plan, workers)
+        try:
+            memory = pool.memory(plan.references(), plan.start.dtype)
+            rehearsal = rehearse(plan, pool, process_seconds(), under_way)
+        finally:
+            pool.close()
     finally:
         progress.close()
-    for note in plan.notes:
-        _say(f"note: {note}")
-    print_check(plan, memory)
+    data = check_json(plan, memory, rehearsal, workers, price)
+    if as_json:
+        print(json.dumps(data))
+    else:
+        print_check(data)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import typer
 from evolve.errors import PausedError
 from evolve.merge_progress import duration, progress, say
 from merge_core.errors import OutputError, RecipeError
+from merge_core.machine import process_seconds
 
 if TYPE_CHECKING:
     from merge_core.estimate import Estimate
@@ -162,7 +163,7 @@ def merge(
         with_tokenizer=copy_tokenizer,
         device=device,
         timed=check,
-        start_up_s=_process_seconds(),
+        start_up_s=process_seconds(),
         **plan_options,
     )
     if check:
@@ -208,16 +209,6 @@ def _bytes(option: str, text: str) -> int:
         raise RecipeError(
             f"{option} is {text!r}; it must be a number of bytes such as 5B, 500M or 0"
         ) from None
-
-
-def _process_seconds() -> float:
-    """Seconds since this process began; 0 where the system does not say."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up = float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return up - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _describe(recipe: Recipe, sources: Sources, plan: Sequence[Planned], device: str) -> None:

@@ -13,8 +13,6 @@ from rich.table import Table
 
 from evolve.intervals import Interval
 from evolve.loop import StudyResult
-from evolve.memory import Memory
-from evolve.plan import Plan
 from evolve.study import Study
 from evolve.verdict import Baseline, Verdict
 from merge_core.recipe import Recipe
@@ -236,30 +234,3 @@ def print_scores(models: list[dict[str, Any]]) -> None:
             cells.append("\n".join(lines))
         table.add_row(model["name"], *cells)
     console.print(table)
-
-
-def print_check(plan: Plan, memory: Memory) -> None:
-    """Print what a search would do."""
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
-    table = Table(title="variables")
-    for column in ("name", "low", "high", "start"):
-        table.add_column(column)
-    for variable in plan.space.variables:
-        if variable.choices is not None:
-            table.add_row(variable.name, ", ".join(map(str, variable.choices)), "", str(variable.start))
-        else:
-            table.add_row(variable.name, f"{variable.low:g}", f"{variable.high:g}", f"{variable.start:g}")
-    console.print(table)
-    for task, split in plan.documents().items():
-        console.print(f"{task}: {split}", markup=False)
-    console.print(str(memory), markup=False, soft_wrap=True)
-    settings = plan.search_file.search
-    if settings.signal != "metric":
-        followed = ", ".join(task.key for task in plan.followed.tasks)
-        console.print(f"signal {settings.signal}: the sampler follows {followed}", soft_wrap=True)
-    console.print(
-        f"sampler {settings.sampler} ({plan.why_sampler}), {settings.n_iterations} candidates, engine "
-        f"{plan.setup.backend} on {plan.setup.engine.device}; the search can begin",
-        markup=False,
-        soft_wrap=True,
-    )

@@ -113,3 +113,13 @@ def give_back_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 << 20)
+
+
+def process_seconds() -> float:
+    """Return the seconds since this process began; 0 where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return up - ticks / os.sysconf("SC_CLK_TCK")

@@ -20,6 +20,7 @@ ADDRESSES = {
         "evolve/space/",
         "evolve/loop.py",
         "evolve/report.py",
+        "evolve/rehearsal.py",
     ),
     "cma": ("evolve/samplers/",),
     "ray": ("evolve/workers/ray.py",),

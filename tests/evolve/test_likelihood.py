@@ -18,9 +18,7 @@ from evolve.engines.hf import HfEngine, ResidentLM
 from evolve.errors import ResumeRefusedError, SearchFileError, SearchStoppedError
 from evolve.evaluation import EvalOptions, evaluate_models
 from evolve.loop import StudyResult, run
-from evolve.memory import Memory
-from evolve.plan import make_plan
-from evolve.report import print_check, print_result, result_json, study_json
+from evolve.report import print_result, result_json, study_json
 from evolve.search_file import ScoringSettings, SearchFile, Signal, TaskSpec
 from evolve.study import Study, load_outcomes, save_outcomes
 from evolve.tasks import RequestBank, TaskSet
@@ -372,14 +370,6 @@ def test_the_winner_ships_as_scored(finished: StudyResult) -> None:
     assert scored["scores"] == finished.study.scores(finished.best)
     for name in NAMES:
         assert f"# search  {name}: {scored['scores'][name]:.4f}\n" in (folder / "best.yml").read_text()
-
-
-def test_check_says_what_the_sampler_follows(
-    finished: StudyResult, capsys: pytest.CaptureFixture[str]
-) -> None:
-    print_check(make_plan(small()), Memory(**finished.study.note("memory")))
-    followed = ", ".join(f"{name}:likelihood" for name in NAMES)
-    assert f"signal likelihood: the sampler follows {followed}\n" in capsys.readouterr().out
 
 
 def test_it_resumes_to_the_same_end(finished: StudyResult, tmp_path: Path) -> None:
