@@ -1,7 +1,7 @@
 """Samplers: from the record of trials to the values of the next candidate.
 
-A proposal is a pure function of (seed, trial number, record of trials), so that a search that was
-killed goes on as if it had not been. No sampler state is stored.
+A proposal is a pure function of (seed, trial number, attempt, record of trials), so that a search
+that was killed goes on as if it had not been. No sampler state is stored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from evolve.errors import SearchFileError
 from evolve.space import SearchSpace, Value
 
 if TYPE_CHECKING:
@@ -28,15 +27,17 @@ class Proposal:
 
 
 class Sampler(Protocol):
-    """Proposes candidates."""
+    """Proposes candidates; `Proposer` sees to it that none is proposed twice."""
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal:
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
         """Propose trial `number`.
 
         Args:
             number: the trial's number in the study, from 0.
             trials: all trials so far, by number; finished ones carry "told", the order in which
-                they were told. Values are maximised.
+                they were told. Values are maximised; a trial lacks the parameters that its recipe
+                does not read.
+            attempt: counts the proposals for this trial that were turned down.
         """
 
 
@@ -44,32 +45,6 @@ def derived_rng(seed: int, *parts: int) -> np.random.RandomState:
     """Return a generator of its own for (seed, parts), independent of every other."""
     sequence = np.random.SeedSequence([seed, *parts])
     return np.random.RandomState(sequence.generate_state(8))
-
-
-def resolve_sampler(name: str, space: SearchSpace, n_objectives: int = 1) -> tuple[str, str]:
-    """Choose the sampler for `auto`.
-
-    Returns:
-        Name, and why in one clause.
-
-    Raises:
-        SearchFileError: the sampler cannot have so many objectives.
-    """
-    if name == "cma" and n_objectives > 1:
-        raise SearchFileError(
-            f"search.sampler is cma, which has one objective, and search.objective pareto has "
-            f"{n_objectives} here; use nsga2, tpe or gp"
-        )
-    if name != "auto":
-        return name, "as asked"
-    if n_objectives > 1:
-        return "nsga2", f"{n_objectives} objectives"
-    categories = [v.name for v in space.variables if v.choices is not None]
-    if len(space.variables) < 2:
-        return "tpe", "one variable"
-    if categories:
-        return "tpe", f"{len(categories)} of {len(space.variables)} variables are categories"
-    return "cma", f"{len(space.variables)} numeric variables"
 
 
 def make_sampler(

@@ -1,49 +1,61 @@
-"""CMA-ES by pycma, in the unit cube of the space, tolerant of late and failed candidates.
+"""CMA-ES in the unit cube of the space, with restarts, tolerant of late, failed and foreign candidates.
 
 Hansen, The CMA Evolution Strategy: A Tutorial, https://arxiv.org/abs/1604.00772. Generations have
 no barrier: every `popsize` told candidates update the distribution, whichever generation they were
 drawn in, and a worker that is free meanwhile gets another draw of the current distribution.
+
+A run that has converged is followed by one of twice the population from a point drawn anew
+(IPOP, Auger and Hansen 2005, https://doi.org/10.1109/CEC.2005.1554902).
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from evolve.samplers import Proposal, derived_rng
-from evolve.space import SearchSpace
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # pycma misses matplotlib, which only its plots need
-    import cma
+from evolve.samplers.cma_continuous import Continuous
+from evolve.samplers.cma_mixed import Mixed
+from evolve.space import SearchSpace, Value
 
 # A quarter of each range: the start's neighbourhood first, the borders within two sigma.
 SIGMA0 = 0.25
-# Keys the generator while pycma updates; no candidate has this index.
-_TELLING = 1 << 31
+# A run ends where its steps are smaller than this share of each range: no document sees them.
+TOLERANCE = 1e-5
+# Indices of generators for what is no candidate: pycma's update, and a run's start.
+_TELLING, _STARTING = 1 << 31, (1 << 31) + 1
 
 
-class _Normal:
-    """pycma's source of normal numbers: one generator per (generation, index), never the global."""
+class Strategy(Protocol):
+    """One run of a CMA-ES; candidates are vectors of its own.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self.key(0, 0)
+    Attributes:
+        popsize: candidates a generation.
+        has_converged: whether the run has come to its end, for another reason than equal values.
+    """
 
-    def key(self, generation: int, index: int) -> None:
-        self._rng = derived_rng(self._seed, generation, index)
+    popsize: int
+    has_converged: bool
 
-    def __call__(self, *shape: int) -> Any:
-        return self._rng.randn(*shape)
+    def ask(self, rng: np.random.RandomState) -> np.ndarray:
+        """Draw a candidate."""
+
+    def values(self, vector: np.ndarray) -> dict[str, Value]:
+        """Return the values of every variable that a vector stands for."""
+
+    def tell(self, vectors: Sequence[np.ndarray], losses: Sequence[float], rng: np.random.RandomState) -> None:
+        """Update the distribution by `popsize` vectors; losses are finite, lower is better."""
 
 
 class CmaSampler:
-    """pycma, replayed from what each trial recorded: generation, index, vector.
+    """CMA-ES, replayed from what each trial recorded: run, generation, index, attempt, vector.
+
+    The first run starts at the best known recipe that is told by then; the trial that it is stands
+    in the record as "mean", null for the space's starts.
 
     Args:
         sigma0: first standard deviation, as a share of each range; None = SIGMA0.
@@ -54,83 +66,124 @@ class CmaSampler:
         self, space: SearchSpace, seed: int, sigma0: float | None = None, popsize: int | None = None
     ) -> None:
         self._space = space
-        self._normal = _Normal(seed)
-        n = len(space.variables)
-        self.popsize = popsize or 4 + math.floor(3 * math.log(n))
-        starts = space.starts()
-        start = [variable.to_unit(starts[variable.name]) for variable in space.variables]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._strategy = cma.CMAEvolutionStrategy(
-                # A start on the border has no neighbourhood on one side; step in a little.
-                np.clip(start, 0.02, 0.98),
-                sigma0 or SIGMA0,
-                {
-                    "bounds": [0, 1],
-                    "popsize": self.popsize,
-                    "randn": self._normal,
-                    "seed": np.nan,
-                    "verbose": -9,
-                    "verb_log": 0,
-                    # Scores of few documents are often equal; that is no reason to stop.
-                    "tolflatfitness": np.inf,
-                },
-            )
+        self._seed = seed
+        self._sigma0 = sigma0 or SIGMA0
+        self._popsize = popsize or 4 + math.floor(3 * math.log(len(space.variables)))
+        self._run = 0
         self._generation = 0
-        self._n_drawn = 0
+        self._drawn: set[tuple[int, int]] = set()
+        self._mean: int | None = None
+        self._strategy: Strategy | None = None
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal:
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
         """Propose trial `number`, see Sampler."""
-        self._catch_up(trials)
-        index = self._n_drawn
-        vector = self._draw()
-        values = {
-            variable.name: variable.from_unit(float(u))
-            for variable, u in zip(self._space.variables, vector, strict=True)
+        own = [trial for trial in trials if "cma" in trial.user_attrs]
+        strategy = self._caught_up(trials, own)
+        place = (self._run, self._generation)
+        index = sum((t.user_attrs["cma"]["run"], t.user_attrs["cma"]["generation"]) == place for t in own)
+        vector = strategy.ask(self._rng(index, attempt))
+        self._drawn.add((index, attempt))
+        record = {
+            "run": self._run,
+            "generation": self._generation,
+            "index": index,
+            "attempt": attempt,
+            "vector": vector.tolist(),
+            "mean": self._mean,
         }
-        record = {"generation": self._generation, "index": index, "vector": vector.tolist()}
-        return Proposal(values, {"cma": record})
+        return Proposal(strategy.values(vector), {"cma": record})
 
-    def _draw(self) -> np.ndarray:
-        self._normal.key(self._generation, self._n_drawn)
-        self._n_drawn += 1
-        vector: np.ndarray = self._strategy.ask(1)[0]
-        return vector
+    def _rng(self, index: int, attempt: int = 0) -> np.random.RandomState:
+        return derived_rng(self._seed, self._run, self._generation, index, attempt)
 
-    def _catch_up(self, trials: Sequence[FrozenTrial]) -> None:
-        """Bring pycma to the state that the recorded trials imply.
+    def _caught_up(self, trials: Sequence[FrozenTrial], own: Sequence[FrozenTrial]) -> Strategy:
+        """Bring the strategy to the state that the recorded trials imply.
 
         Draws are repeated as well as tells, since pycma remembers the points it drew; in a process
         that proposed them itself there is nothing to repeat.
         """
-        drawn = [trial for trial in trials if "cma" in trial.user_attrs]
+        if self._strategy is None:
+            self._mean = own[0].user_attrs["cma"]["mean"] if own else _best(trials)
+            params = {} if self._mean is None else trials[self._mean].params
+            values = {**self._space.starts(), **params}
+            start = [variable.to_unit(values[variable.name]) for variable in self._space.variables]
+            self._strategy = self._begin(np.array(start))
         # A trial killed while it was told carries "told" too, but is not told before it is finished.
-        told = [trial for trial in drawn if trial.state.is_finished() and "told" in trial.user_attrs]
+        told = [trial for trial in own if trial.state.is_finished() and "told" in trial.user_attrs]
         told.sort(key=lambda trial: int(trial.user_attrs["told"]))
         while True:
-            n_drawn = sum(t.user_attrs["cma"]["generation"] == self._generation for t in drawn)
-            while self._n_drawn < n_drawn:
-                self._draw()
-            batch = told[self._generation * self.popsize : (self._generation + 1) * self.popsize]
-            if len(batch) < self.popsize:
-                return
-            self._tell(batch)
+            for trial in own:
+                self._repeat(self._strategy, trial.user_attrs["cma"])
+            # What was drawn in a run before comes too late for this one.
+            batch = [t for t in told if t.user_attrs["cma"]["run"] == self._run]
+            batch = batch[self._generation * self._strategy.popsize :][: self._strategy.popsize]
+            if len(batch) < self._strategy.popsize:
+                return self._strategy
+            self._tell(self._strategy, batch)
             self._generation += 1
-            self._n_drawn = 0
+            self._drawn.clear()
+            if self._strategy.has_converged:
+                self._run, self._generation = self._run + 1, 0
+                start = self._rng(_STARTING).rand(len(self._space.variables))
+                self._strategy = self._begin(start)
 
-    def _tell(self, batch: Sequence[FrozenTrial]) -> None:
-        """Tell one generation; failed candidates rank last, equally."""
-        values = [
-            -float(trial.value)
-            if trial.state == TrialState.COMPLETE and trial.value is not None
-            else math.inf
-            for trial in batch
-        ]
-        if all(math.isinf(value) for value in values):
+    def _begin(self, start: np.ndarray) -> Strategy:
+        """Begin a run: by pycma where all variables are continuous, else with margin.
+
+        Args:
+            start: in the unit cube; shape (variables,).
+        """
+        variables = self._space.variables
+        # pycma needs two variables.
+        is_continuous = len(variables) > 1 and all(v.n_values is None for v in variables)
+        kind = Continuous if is_continuous else Mixed
+        # A start on the border has no neighbourhood on one side; step in a little.
+        start = np.clip(start, 0.02, 0.98)
+        return kind(variables, start, self._popsize << self._run, self._sigma0, TOLERANCE)
+
+    def _repeat(self, strategy: Strategy, record: dict[str, Any]) -> None:
+        if (record["run"], record["generation"]) != (self._run, self._generation):
             return
-        vectors = [np.array(trial.user_attrs["cma"]["vector"]) for trial in batch]
-        # pycma draws when it rescales points from an earlier generation.
-        self._normal.key(self._generation, _TELLING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._strategy.tell(vectors, values)
+        draw = (record["index"], record["attempt"])
+        if draw not in self._drawn:
+            self._drawn.add(draw)
+            strategy.ask(self._rng(*draw))
+
+    def _tell(self, strategy: Strategy, batch: Sequence[FrozenTrial]) -> None:
+        """Tell one generation; a generation that failed whole says nothing."""
+        if any(trial.state == TrialState.COMPLETE for trial in batch):
+            vectors = [np.array(trial.user_attrs["cma"]["vector"]) for trial in batch]
+            # pycma draws when it rescales points from an earlier generation.
+            strategy.tell(vectors, losses(batch), self._rng(_TELLING))
+
+
+def losses(batch: Sequence[FrozenTrial]) -> list[float]:
+    """Return what is minimised: feasible candidates by value, behind them others by violation, then failures.
+
+    Feasibility rules of Deb 2000, https://doi.org/10.1016/S0045-7825(99)00389-8.
+    """
+    complete = [trial for trial in batch if trial.state == TrialState.COMPLETE]
+    feasible = [-float(t.values[0]) for t in complete if _violation(t) <= 0]
+    worst = max(feasible, default=0.0)
+    behind = 1 + worst + max((_violation(trial) for trial in complete), default=0.0)
+    return [
+        behind
+        if trial.state != TrialState.COMPLETE
+        else worst + _violation(trial)
+        if _violation(trial) > 0
+        else -float(trial.values[0])
+        for trial in batch
+    ]
+
+
+def _violation(trial: FrozenTrial) -> float:
+    return sum(max(0.0, violation) for violation in trial.constraints.values())
+
+
+def _best(trials: Sequence[FrozenTrial]) -> int | None:
+    """Return the number of the best trial that is told, of equals the first."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if not complete:
+        return None
+    ranked = losses(complete)
+    return complete[ranked.index(min(ranked))].number

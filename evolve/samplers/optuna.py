@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Iterator, Sequence
 from copy import copy
 
 import optuna
@@ -15,67 +15,105 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
 
 from evolve.samplers import Proposal, derived_rng
 from evolve.space import SearchSpace
 
-_BUILDERS: dict[str, Callable[[int], BaseSampler]] = {
-    "tpe": lambda seed: TPESampler(seed=seed),
-    # Scores of few documents are noisy: the process must not go through every one of them.
-    "gp": lambda seed: GPSampler(seed=seed, deterministic_objective=False),
-    "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=POPULATION),
-    "nsga3": lambda seed: NSGAIIISampler(seed=seed, population_size=POPULATION),
-    "random": lambda seed: RandomSampler(seed=seed),
-}
 # Optuna's own 50 would be half of a usual search in the first generation, which is random.
 POPULATION = 16
-# How often a proposal is drawn anew that equals an earlier one.
-_ATTEMPTS = 8
 # Where Optuna keeps the generation of a trial.
 _GENERATION = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler:generation"}
 
 
-class OptunaSampler:
-    """tpe, gp, nsga2, nsga3 or random.
+def _build(name: str, seed: int, is_conditional: bool) -> BaseSampler:
+    if name == "tpe":
+        # Groups of variables that are active together get a density of their own.
+        return TPESampler(seed=seed, **({"multivariate": True, "group": True} if is_conditional else {}))
+    if name == "gp":
+        # Scores of few documents are noisy: the process must not go through every one of them.
+        return GPSampler(seed=seed, deterministic_objective=False)
+    if name == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=POPULATION)
+    if name == "nsga3":
+        return NSGAIIISampler(seed=seed, population_size=POPULATION)
+    return RandomSampler(seed=seed)
 
-    Each proposal asks a fresh sampler, seeded by (seed, number), in an in-memory study that holds
-    copies of all trials so far, pending ones included.
+
+class _Record(InMemoryStorage):
+    """A study that holds recorded trials without a copy of each, and a new one behind them."""
+
+    def __init__(self, past: Sequence[FrozenTrial]) -> None:
+        super().__init__()
+        self._past = past
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        trial_id = super().create_new_trial(study_id, template_trial)
+        self.get_trial(trial_id).number = len(self._past)
+        return trial_id
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        trials = [*self._past, *super().get_all_trials(study_id, deepcopy)]
+        return trials if states is None else [trial for trial in trials if trial.state in states]
+
+
+class OptunaSampler:
+    """tpe, gp, nsga2, nsga3 or random, for one objective or several.
+
+    Each proposal asks a fresh sampler, seeded by (seed, number, attempt), in a study in memory that
+    holds all trials so far, pending ones and constraints included.
     """
 
     def __init__(self, name: str, space: SearchSpace, seed: int, n_objectives: int = 1) -> None:
         self._name = name
-        self._directions = [StudyDirection.MAXIMIZE] * n_objectives
+        self._starts = space.starts()
         self._distributions = space.distributions()
         self._seed = seed
+        self._n_objectives = n_objectives
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal:
-        """Propose trial `number`, see Sampler; one that was proposed before is drawn again."""
-        known = [trial.params for trial in trials]
-        proposals = (self._propose(number, attempt, trials) for attempt in range(_ATTEMPTS))
-        # A space of few choices may hold nothing new.
-        return next((p for p in proposals if p.values not in known), None) or self._propose(
-            number, 0, trials
-        )
-
-    def _propose(self, number: int, attempt: int, trials: Sequence[FrozenTrial]) -> Proposal:
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
+        """Propose trial `number`, see Sampler."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         seed = int(derived_rng(self._seed, number, attempt).randint(2**31 - 1))
+        is_conditional = any(len(trial.params) < len(self._distributions) for trial in trials)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(directions=self._directions, sampler=_BUILDERS[self._name](seed))
-            study.add_trials([self._as_optuna_has_it(trial) for trial in trials])
+            study = optuna.create_study(
+                storage=_Record(list(self._as_optuna_has_them(trials))),
+                sampler=_build(self._name, seed, is_conditional),
+                directions=["maximize"] * self._n_objectives,
+            )
             trial = study.ask(self._distributions)
         key = _GENERATION.get(self._name)
         drawn = study.get_trials(deepcopy=False)[-1].system_attrs
         return Proposal(dict(trial.params), {"generation": drawn[key]} if key else {})
 
-    def _as_optuna_has_it(self, trial: FrozenTrial) -> FrozenTrial:
-        """Give a trial the generation that it was drawn in; known recipes are of the first."""
+    def _as_optuna_has_them(self, trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
+        """Give trials the generation that they were drawn in, and values where they have none.
+
+        Known recipes are of the first generation, other candidates that the sampler did not draw of
+        the latest. TPE alone learns from trials that lack parameters; for the others what a recipe
+        does not read stands at its start.
+        """
         key = _GENERATION.get(self._name)
-        if key is None:
-            return trial
-        made = copy(trial)
-        made.system_attrs = {**trial.system_attrs, key: trial.user_attrs.get("generation", 0)}
-        return made
+        latest = 0
+        for trial in trials:
+            made = trial
+            if self._name in ("gp", "nsga2", "nsga3") and len(trial.params) < len(self._distributions):
+                made = copy(trial)
+                made.distributions = self._distributions
+                made.params = {**self._starts, **trial.params}
+            if key is not None:
+                latest = max(latest, trial.user_attrs.get("generation", 0))
+                made = copy(made)
+                made.system_attrs = {
+                    **trial.system_attrs,
+                    key: trial.user_attrs.get("generation", latest),
+                }
+            yield made

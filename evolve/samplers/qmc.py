@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial
 
-from evolve.samplers import Proposal
+from evolve.samplers import Proposal, derived_rng
 from evolve.space import SearchSpace
 
 
@@ -18,15 +18,17 @@ class QmcSampler:
         self._space = space
         self._seed = seed
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal:
-        """Propose trial `number`, see Sampler."""
-        from scipy.stats.qmc import Sobol
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
+        """Propose trial `number`, see Sampler; where its point is turned down, a random one."""
+        point = derived_rng(self._seed, number, attempt).rand(len(self._space.variables))
+        if attempt == 0:
+            from scipy.stats.qmc import Sobol
 
-        sequence = Sobol(len(self._space.variables), scramble=True, rng=self._seed)
-        with warnings.catch_warnings():
-            # Its balance asks for a power of two of points, which a search need not have.
-            warnings.simplefilter("ignore", UserWarning)
-            point = sequence.random(number + 1)[number]
+            sequence = Sobol(len(self._space.variables), scramble=True, rng=self._seed)
+            with warnings.catch_warnings():
+                # Its balance asks for a power of two of points, which a search need not have.
+                warnings.simplefilter("ignore", UserWarning)
+                (point,) = sequence.fast_forward(number).random(1)
         return Proposal(
             {
                 variable.name: variable.from_unit(float(u))

@@ -77,8 +77,10 @@ def _function(implementation: str) -> Callable[[TensorJob], Tensor]:
     return function
 
 
-_WEIGHT = Parameter(required=True, help="share of this model; negative ones subtract")
-_T = Parameter(required=True, example=0.5, help="position between the base (0) and the model (1)")
+_WEIGHT = Parameter(required=True, help="share of this model; negative ones subtract", role="share")
+_T = Parameter(
+    required=True, example=0.5, help="position between the base (0) and the model (1)", role="position"
+)
 # Only chooses how mergekit holds signs; the result is the same, so it has no effect.
 _INT8_MASK = Parameter("boolean", False, help="accepted, without effect")
 
@@ -88,6 +90,7 @@ def _task_vector(
     summary: str,
     source: str,
     *,
+    thins: bool = True,
     normalize: bool = False,
     rescale: bool = False,
     own: Mapping[str, Parameter] | None = None,
@@ -102,14 +105,18 @@ def _task_vector(
         f"task_vector:{name}",
         shared={
             "normalize": Parameter("boolean", normalize, help="divide by the sum of the weights"),
-            "lambda": Parameter(default=1.0, help="scale of the merged difference"),
+            "lambda": Parameter(default=1.0, help="scale of the merged difference", neutral=1.0),
             "rescale": Parameter("boolean", rescale, help="restore each difference's L1 norm"),
             "int8_mask": _INT8_MASK,
         },
         per_model={
             "weight": _WEIGHT,
             "density": Parameter(
-                default=1.0, low=0.0, high=1.0, help="share of the difference's entries that is kept"
+                default=1.0,
+                low=0.0,
+                high=1.0,
+                help="share of the difference's entries that is kept",
+                neutral=1.0 if thins else None,
             ),
             **(own or {}),
         },
@@ -142,6 +149,7 @@ _TASK_VECTORS = (
         "task_arithmetic",
         "adds weighted differences from the base",
         "https://arxiv.org/abs/2212.04089",
+        thins=False,
     ),
     _task_vector(
         "ties",
@@ -258,7 +266,7 @@ METHODS: dict[str, Method] = {
             "linear:linear",
             shared={"normalize": Parameter("boolean", True, help="divide by the sum of the weights")},
             # mergekit requires a weight; without one every model counts the same here.
-            per_model={"weight": Parameter(default=1.0, help="share of this model")},
+            per_model={"weight": Parameter(default=1.0, help="share of this model", role="share")},
             source="https://arxiv.org/abs/2203.05482",
         ),
         Method(
@@ -267,7 +275,7 @@ METHODS: dict[str, Method] = {
             "ignored",
             (1, 1),
             "linear:passthrough",
-            per_model={"scale": Parameter(default=1.0, help="factor of the tensor")},
+            per_model={"scale": Parameter(default=1.0, help="factor of the tensor", neutral=1.0)},
             source=f"{_GUIDE}#passthrough-passthrough",
         ),
         *_SPHERICAL,

@@ -21,6 +21,8 @@ class Parameter:
         low, high: bounds that are admissible themselves, unless `is_open`, which excludes `low`.
         example: what an error suggests.
         help: one line for people.
+        role: "share" of a model in the merge, "position" between base (0) and model (1).
+        neutral: the value at which it changes nothing of a model; None where every value will do.
     """
 
     kind: Kind = "number"
@@ -31,6 +33,8 @@ class Parameter:
     example: float | bool = 1.0
     is_open: bool = False
     help: str = ""
+    role: Literal["share", "position"] | None = None
+    neutral: float | None = None
 
     def faults(self, path: str, setting: Any) -> list[str]:
         """Check a setting: a scalar, a gradient (list), {filter, value}, or a list of those."""

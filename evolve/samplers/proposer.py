@@ -1,0 +1,103 @@
+"""What is tried next: known recipes first, then the sampler's proposals, and nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+from evolve.samplers import Proposal, Sampler, derived_rng
+from evolve.space import SearchSpace, Value, Variable
+from merge_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+# How often a sampler is asked anew where a proposal is an earlier candidate, or no valid recipe.
+_ATTEMPTS = 8
+# How many neighbours of its proposal are drawn then.
+_NEIGHBOURS = 1000
+# A space of at most so many candidates is searched for what is left.
+_COUNTABLE = 100_000
+# Keys the generator of neighbours; no attempt has this number.
+_NEAR = 1 << 31
+
+
+class Proposer:
+    """A sampler that never repeats itself.
+
+    Args:
+        known: recipes to try first, by name; each lies in the space.
+        seed: the search's.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        sampler: Sampler,
+        known: Mapping[str, Mapping[str, Value]],
+        seed: int,
+    ) -> None:
+        self._space = space
+        self._sampler = sampler
+        self._known = known
+        self._seed = seed
+        self._seen: list[tuple[Value, ...]] = []
+
+    def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal | None:
+        """Propose trial `number`, see Sampler; None where every candidate of the space is a trial.
+
+        Values are those of the active variables. Pure as a sampler: what a proposal depends on is
+        the seed and the record.
+        """
+        self._seen += [self._key(trial.params) for trial in trials[len(self._seen) :]]
+        seen = set(self._seen)
+        proposals = self._proposals(number, trials)
+        return next((p for p in proposals if self._key(p.values) not in seen and self._makes(p)), None)
+
+    def _proposals(self, number: int, trials: Sequence[FrozenTrial]) -> Iterator[Proposal]:
+        """Yield what could be proposed, best first, in active values."""
+        for name, values in self._known.items():
+            yield Proposal(self._space.active(values), {"known": name})
+        first: Proposal | None = None
+        for attempt in range(_ATTEMPTS):
+            proposal = self._sampler.propose(number, trials, attempt)
+            first = first or proposal
+            yield replace(proposal, values=self._space.active(proposal.values))
+        assert first is not None
+        for values in self._near(first.values, number):
+            yield Proposal(self._space.active(values))
+        if (n := self._space.n_points) is not None and n <= _COUNTABLE:
+            names = [variable.name for variable in self._space.variables]
+            for point in product(*map(_all_values, self._space.variables)):
+                yield Proposal(self._space.active(dict(zip(names, point, strict=True))))
+
+    def _near(self, values: Mapping[str, Value], number: int) -> Iterator[dict[str, Value]]:
+        """Yield points in which few variables differ, then more: each is redrawn with a growing chance."""
+        rng = derived_rng(self._seed, number, _NEAR)
+        for i in range(_NEIGHBOURS):
+            share = (i + 1) / _NEIGHBOURS
+            yield {
+                v.name: v.from_unit(rng.rand()) if rng.rand() < share else values[v.name]
+                for v in self._space.variables
+            }
+
+    def _makes(self, proposal: Proposal) -> bool:
+        """Tell whether the values make a valid recipe."""
+        try:
+            self._space.recipe(proposal.values)
+        except RecipeError:  # choices that each are right may not go together
+            return False
+        return True
+
+    def _key(self, values: Mapping[str, Value]) -> tuple[Value, ...]:
+        """Return what two equal candidates have in common; values on a step may differ in rounding."""
+        return tuple(
+            None
+            if v.name not in values
+            else round(v.to_unit(values[v.name]), 9)
+            if v.step is not None
+            else repr(values[v.name])
+            for v in self._space.variables
+        )
