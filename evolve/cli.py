@@ -78,6 +78,10 @@ def run(
     seed: Annotated[
         int | None, typer.Option(help="seed of the search and of the draw of documents")
     ] = None,
+    seed_recipe: Annotated[
+        list[str] | None,
+        typer.Option("--seed-recipe", help="recipe to try first, beside the file's; repeatable"),
+    ] = None,
     task_path: TaskPathOption = None,
     device: DeviceOption = None,
     trust_remote_code: TrustOption = False,
@@ -101,9 +105,15 @@ def run(
     """
     from evolve.search_file import SearchFile
 
-    search_file = SearchFile.load(search).changed(
+    search_file = SearchFile.load(search)
+    search_file = search_file.changed(
         tasks=task or (),
-        search={"n_iterations": n_iterations, "sampler": sampler, "seed": seed},
+        search={
+            "n_iterations": n_iterations,
+            "sampler": sampler,
+            "seed": seed,
+            "seed_recipes": [*search_file.search.seed_recipes, *(seed_recipe or ())],
+        },
         scoring={"backend": backend, "limit": limit, "task_paths": task_path or None},
     )
     search_file = mergekit.changed(search_file, backend)
@@ -141,7 +151,8 @@ def run(
         progress.close()
     data, folder = result_json(result), result.study.folder
     if result.was_complete:
-        _say(f"the search in {folder} is complete; raise --n-iterations to go on")
+        more = result.study.note("exhausted") or "raise --n-iterations to go on"
+        _say(f"the search in {folder} is complete; {more}")
     if as_json:
         print(json.dumps(data))
     else:

@@ -201,7 +201,8 @@ def kept_verdict(study: Study, plan: Plan) -> Verdict | None:
     best = study.best()
     if note is None or best is None or note["trial"] != best.number:
         return None
-    if note["finished"] < plan.search_file.search.n_iterations:
+    is_whole = note["finished"] >= plan.search_file.search.n_iterations or study.note("exhausted")
+    if not is_whole:
         return None
     return Verdict.recalled(note)
 

@@ -21,15 +21,15 @@ from evolve.heats import Heats
 from evolve.judge import base_scores, judge, kept_verdict
 from evolve.memory import refuse_too_large
 from evolve.plan import Plan, make_plan
-from evolve.samplers import Proposal, make_sampler
+from evolve.samplers import make_sampler
+from evolve.samplers.proposer import Proposer
 from evolve.search_file import SearchFile
 from evolve.study import Study
 from evolve.under_way import UnderWay, nobody_waits
 from evolve.verdict import Verdict
 from evolve.workers import Pool
 from evolve.workers.local import LocalPool
-from evolve.workers.worker import Result, Seconds, Worker
-from merge_core.errors import RecipeError
+from evolve.workers.worker import Result, Worker
 from merge_core.recipe import Recipe
 
 Progress = Callable[[str, Study | None, Plan], None]
@@ -80,7 +80,7 @@ def run(
         storage: URL of another storage than folder/study.db.
         progress: called with "starting" (before there is a study), "started", "base" (scored, where a
             constraint refers to it), "answered" (nothing of the result is recorded yet), "told",
-            "final", "baseline" and "verdict".
+            "exhausted" (nothing is left to propose), "final", "baseline" and "verdict".
         under_way: told what is being done before there is a study: downloads, data sets.
 
     Raises:
@@ -148,7 +148,7 @@ def search(
     heats: Heats,
     show: Callable[[str], None],
 ) -> None:
-    """Propose and evaluate candidates until `n_iterations` are finished or time is up.
+    """Propose and evaluate candidates until `n_iterations` are finished, none is left, or time is up.
 
     Args:
         heats: what a candidate is asked, in one job or several.
@@ -162,6 +162,7 @@ def search(
         sigma0=settings.sigma0,
         population_size=settings.population_size,
     )
+    proposer = Proposer(plan.space, sampler, plan.known, settings.seed)
     keep_current(study, plan)
     deadline = time.monotonic() + (settings.timeout_s or float("inf"))
     interrupted = [t for t in study.trials()[: settings.n_iterations] if t.state == TrialState.RUNNING]
@@ -172,22 +173,19 @@ def search(
                 trial = interrupted.pop(0)
                 number, values = trial.number, trial.params
                 study.begin_again(number)
-            elif (number := len(trials := study.trials())) < settings.n_iterations:
-                # The starts come first: they are the recipe a user would have guessed.
-                proposal = sampler.propose(number, trials) if number else Proposal(plan.space.starts())
+            elif (number := len(trials := study.trials())) >= settings.n_iterations:
+                break
+            elif proposal := proposer.propose(number, trials):
                 values = proposal.values
                 study.begin(number, proposal, plan.space)
             else:
                 break
-            try:
-                recipe = plan.space.recipe(values)
-            except RecipeError as error:  # choices that each are right may not go together
-                study.fail(number, "recipe", str(error), Seconds())
-                _stop_if_hopeless(study, settings.max_failed_share)
-                continue
-            pool.submit(heats.begin(number, recipe))
+            pool.submit(heats.begin(number, plan.space.recipe(values)))
             pending += 1
         if not pending:
+            if proposer.ending:
+                study.keep_note("exhausted", proposer.ending)
+                show("exhausted")
             return
         result = pool.wait()
         show("answered")

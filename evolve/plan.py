@@ -10,12 +10,13 @@ from evolve.baselines import same_prompts
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
 from evolve.genome import GenomeSpace
+from evolve.known import known_recipes, own_recipes
 from evolve.memory import merged_bytes
 from evolve.objectives import Objectives, constraint_faults
 from evolve.racing import Race
-from evolve.samplers import resolve_sampler
+from evolve.samplers.auto import resolve_sampler
 from evolve.search_file import SearchFile
-from evolve.space import SearchSpace
+from evolve.space import SearchSpace, Value
 from evolve.tasks import ScoredTask, TaskSet, reference_faults, report_set
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Prompting, WorkerSetup
@@ -32,6 +33,7 @@ class Plan:
     Attributes:
         search_file: with backend, sampler and racing resolved.
         why_sampler: why `auto` chose the sampler.
+        known: recipes that are tried first, by name: values of the active variables.
         notes: what a user should know of this search, one line each.
         report_only: tasks that only winner and baselines are scored on; None where there are none.
     """
@@ -43,6 +45,7 @@ class Plan:
     start: Recipe
     setup: WorkerSetup
     why_sampler: str
+    known: dict[str, dict[str, Value]]
     notes: tuple[str, ...] = ()
     report_only: TaskSet | None = None
 
@@ -63,6 +66,7 @@ class Plan:
             "layer_granularity": self.search_file.search.layer_granularity,
             "sampler": self.search_file.search.sampler,
             "racing": self.search_file.search.racing,
+            "seed_recipes": [self.known[file] for file in self.search_file.search.seed_recipes],
             **{key: value for key, value in cma.items() if value is not None},
             "checkpoints": {
                 reference: self.sources.architecture(reference).checkpoint.fingerprint()
@@ -157,10 +161,16 @@ def make_plan(
     except CheckpointError as error:
         raise SearchFileError(error.faults) from None
     n_objectives = len(search_file.tasks) if search_file.search.objective == "pareto" else 1
-    sampler, why = resolve_sampler(search_file.search.sampler, space, n_objectives)
+    n_iterations = search_file.search.n_iterations
+    sampler, why = resolve_sampler(search_file.search.sampler, space, n_iterations, n_objectives)
     search_file = search_file.changed(search={"sampler": sampler}, scoring={"backend": backend})
     start = space.recipe(space.starts())
     faults = _model_faults(space, start, sources, under_way)
+    own: dict[str, dict[str, Value]] = {}
+    try:
+        own = own_recipes(space, search_file.search.seed_recipes)
+    except SearchFileError as error:
+        faults += error.faults
     sets: list[TaskSet] = []
     for make, specs in ((TaskSet, search_file.tasks), (report_set, search_file.report_only)):
         if make is report_set and not specs:
@@ -210,7 +220,8 @@ def make_plan(
         signal=search_file.search.followed,
         report_only=tuple(search_file.report_only),
     )
-    return Plan(search_file, space, tasks, sources, start, setup, why, tuple(notes), *reported)
+    known = known_recipes(space, own, lambda model: sources.architecture(model).n_layers)
+    return Plan(search_file, space, tasks, sources, start, setup, why, known, tuple(notes), *reported)
 
 
 def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:

@@ -78,6 +78,8 @@ class ProgressLine:
             self._say("scored the base model, which constraints refer to")
         elif event == "told" and study:
             self._told(study, done, plan)
+        elif event == "exhausted" and study:
+            self._say(study.note("exhausted"))
         elif event == "final":
             self._show("scoring the best candidates by the tasks' own metrics", is_due=False)
         elif event == "baseline":

@@ -47,7 +47,9 @@ class Strategy(Protocol):
     def values(self, vector: np.ndarray) -> dict[str, Value]:
         """Return the values of every variable that a vector stands for."""
 
-    def tell(self, vectors: Sequence[np.ndarray], losses: Sequence[float], rng: np.random.RandomState) -> None:
+    def tell(
+        self, vectors: Sequence[np.ndarray], losses: Sequence[float], rng: np.random.RandomState
+    ) -> None:
         """Update the distribution by `popsize` vectors; losses are finite, lower is better."""
 
 
@@ -106,8 +108,8 @@ class CmaSampler:
             self._mean = own[0].user_attrs["cma"]["mean"] if own else _best(trials)
             params = {} if self._mean is None else trials[self._mean].params
             values = {**self._space.starts(), **params}
-            start = [variable.to_unit(values[variable.name]) for variable in self._space.variables]
-            self._strategy = self._begin(np.array(start))
+            start = np.array([v.to_unit(values[v.name]) for v in self._space.variables])
+            self._strategy = self._begin(start)
         # A trial killed while it was told carries "told" too, but is not told before it is finished.
         told = [trial for trial in own if trial.state.is_finished() and "told" in trial.user_attrs]
         told.sort(key=lambda trial: int(trial.user_attrs["told"]))
@@ -158,9 +160,9 @@ class CmaSampler:
 
 
 def losses(batch: Sequence[FrozenTrial]) -> list[float]:
-    """Return what is minimised: feasible candidates by value, behind them others by violation, then failures.
+    """Return what is minimised, finite: feasible ones by value, then others by violation, then failures.
 
-    Feasibility rules of Deb 2000, https://doi.org/10.1016/S0045-7825(99)00389-8.
+    The feasibility rules of Deb 2000, https://doi.org/10.1016/S0045-7825(99)00389-8.
     """
     complete = [trial for trial in batch if trial.state == TrialState.COMPLETE]
     feasible = [-float(t.values[0]) for t in complete if _violation(t) <= 0]

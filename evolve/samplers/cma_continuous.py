@@ -51,6 +51,8 @@ class Continuous:
             "verbose": -9,
             "verb_log": 0,
             "tolx": tolerance,
+            # Candidates are drawn one by one; pycma mirrors some of a generation below six.
+            "CMA_mirrors": 0,
             # Scores of few documents are often equal; that is no reason to stop.
             "tolflatfitness": np.inf,
         }
@@ -68,7 +70,9 @@ class Continuous:
         """Return the values of every variable, see Strategy."""
         return {v.name: v.from_unit(float(u)) for v, u in zip(self._variables, vector, strict=True)}
 
-    def tell(self, vectors: Sequence[np.ndarray], losses: Sequence[float], rng: np.random.RandomState) -> None:
+    def tell(
+        self, vectors: Sequence[np.ndarray], losses: Sequence[float], rng: np.random.RandomState
+    ) -> None:
         """Update the distribution, see Strategy."""
         self._normal.rng = rng
         with warnings.catch_warnings():

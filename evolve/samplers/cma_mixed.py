@@ -76,7 +76,9 @@ class Mixed:
             found[variable.name] = variable.from_unit((index + 0.5) / (variable.n_values or 1))
         return found
 
-    def tell(self, vectors: Sequence[np.ndarray], losses: Sequence[float], rng: np.random.RandomState) -> None:
+    def tell(
+        self, vectors: Sequence[np.ndarray], losses: Sequence[float], rng: np.random.RandomState
+    ) -> None:
         """Update the distribution, see Strategy; candidates that are all equal leave it as it is."""
         # The strategy reads ranks, and penalises what lies outside by their spread.
         ranks = np.searchsorted(np.sort(losses), losses)

@@ -30,7 +30,7 @@ _GENERATION = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler:gen
 def _build(name: str, seed: int, is_conditional: bool) -> BaseSampler:
     if name == "tpe":
         # Groups of variables that are active together get a density of their own.
-        return TPESampler(seed=seed, **({"multivariate": True, "group": True} if is_conditional else {}))
+        return TPESampler(seed=seed, multivariate=is_conditional or None, group=is_conditional)
     if name == "gp":
         # Scores of few documents are noisy: the process must not go through every one of them.
         return GPSampler(seed=seed, deterministic_objective=False)

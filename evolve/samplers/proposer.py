@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from evolve.samplers import Proposal, Sampler, derived_rng
-from evolve.space import SearchSpace, Value, Variable
+from evolve.space import SearchSpace, Value
 from merge_core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ class Proposer:
     Args:
         known: recipes to try first, by name; each lies in the space.
         seed: the search's.
+
+    Attributes:
+        ending: why nothing more is proposed, once that is so.
     """
 
     def __init__(
@@ -44,17 +47,26 @@ class Proposer:
         self._known = known
         self._seed = seed
         self._seen: list[tuple[Value, ...]] = []
+        self.ending: str | None = None
 
     def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal | None:
-        """Propose trial `number`, see Sampler; None where every candidate of the space is a trial.
-
-        Values are those of the active variables. Pure as a sampler: what a proposal depends on is
-        the seed and the record.
-        """
+        """Propose trial `number`, see Sampler, in active values; None where no candidate is left."""
         self._seen += [self._key(trial.params) for trial in trials[len(self._seen) :]]
         seen = set(self._seen)
-        proposals = self._proposals(number, trials)
-        return next((p for p in proposals if self._key(p.values) not in seen and self._makes(p)), None)
+        for proposal in self._proposals(number, trials):
+            if self._key(proposal.values) not in seen and self._is_valid(proposal):
+                return proposal
+        self.ending = (
+            f"all {len(seen)} candidates of the space are scored"
+            if self._is_countable
+            else f"beside the {len(seen)} candidates that are scored no other was found"
+        )
+        return None
+
+    @property
+    def _is_countable(self) -> bool:
+        n_points = self._space.n_points
+        return n_points is not None and n_points <= _COUNTABLE
 
     def _proposals(self, number: int, trials: Sequence[FrozenTrial]) -> Iterator[Proposal]:
         """Yield what could be proposed, best first, in active values."""
@@ -68,13 +80,13 @@ class Proposer:
         assert first is not None
         for values in self._near(first.values, number):
             yield Proposal(self._space.active(values))
-        if (n := self._space.n_points) is not None and n <= _COUNTABLE:
+        if self._is_countable:
             names = [variable.name for variable in self._space.variables]
-            for point in product(*map(_all_values, self._space.variables)):
+            for point in product(*(variable.all_values() for variable in self._space.variables)):
                 yield Proposal(self._space.active(dict(zip(names, point, strict=True))))
 
     def _near(self, values: Mapping[str, Value], number: int) -> Iterator[dict[str, Value]]:
-        """Yield points in which few variables differ, then more: each is redrawn with a growing chance."""
+        """Yield points in which few variables are drawn anew, then more."""
         rng = derived_rng(self._seed, number, _NEAR)
         for i in range(_NEIGHBOURS):
             share = (i + 1) / _NEIGHBOURS
@@ -83,7 +95,7 @@ class Proposer:
                 for v in self._space.variables
             }
 
-    def _makes(self, proposal: Proposal) -> bool:
+    def _is_valid(self, proposal: Proposal) -> bool:
         """Tell whether the values make a valid recipe."""
         try:
             self._space.recipe(proposal.values)

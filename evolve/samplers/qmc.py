@@ -28,7 +28,7 @@ class QmcSampler:
             with warnings.catch_warnings():
                 # Its balance asks for a power of two of points, which a search need not have.
                 warnings.simplefilter("ignore", UserWarning)
-                (point,) = sequence.fast_forward(number).random(1)
+                point = sequence.random(number + 1)[number]
         return Proposal(
             {
                 variable.name: variable.from_unit(float(u))

@@ -76,6 +76,13 @@ class Variable:
             return len(self.choices)
         return None if self.step is None else round((self.high - self.low) / self.step) + 1
 
+    def all_values(self) -> list[Value]:
+        """List the values it can take, where they can be counted."""
+        if self.choices is not None:
+            return list(self.choices)
+        n = self.n_values or 0
+        return [self.from_unit(i / (n - 1)) for i in range(n)]
+
     def distribution(self) -> BaseDistribution:
         """Return Optuna's description of the variable."""
         from optuna.distributions import (
