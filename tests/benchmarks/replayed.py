@@ -19,9 +19,7 @@ from functools import cache
 
 import cma
 import numpy as np
-from evolve.samplers.auto import resolve_sampler
 from evolve.samplers.known import known_recipes
-from evolve.samplers.proposer import Proposer
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from replay import TASKS, Replay
 from scipy.stats import t as student
@@ -29,6 +27,8 @@ from scipy.stats import t as student
 from evolve.front import hypervolume, non_dominated
 from evolve.racing import FINALISTS, Race, Values
 from evolve.samplers import make_sampler
+from evolve.samplers.auto import resolve_sampler
+from evolve.samplers.proposer import Proposer
 from evolve.space import SearchSpace, Space, Value
 
 MODELS = ("addition", "roman")
