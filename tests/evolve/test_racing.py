@@ -188,7 +188,7 @@ def test_estimates_have_standard_errors(finished: StudyResult) -> None:
     for trial in finished.study.trials():
         errors = trial.user_attrs["standard_errors"]
         assert errors.keys() == trial.user_attrs["scores"].keys()
-        assert all(0 < error < 0.3 for error in errors.values())
+        assert all(0 < error < 0.5 for error in errors.values())
 
 
 def test_the_winner_ships_as_scored(finished: StudyResult) -> None:
