@@ -70,7 +70,7 @@ class CmaSampler:
         self._space = space
         self._seed = seed
         self._sigma0 = sigma0 or SIGMA0
-        self._popsize = popsize or 4 + math.floor(3 * math.log(len(space.variables)))
+        self.popsize = popsize or 4 + math.floor(3 * math.log(len(space.variables)))
         self._run = 0
         self._generation = 0
         self._drawn: set[tuple[int, int]] = set()
@@ -141,7 +141,7 @@ class CmaSampler:
         kind = Continuous if is_continuous else Mixed
         # A start on the border has no neighbourhood on one side; step in a little.
         start = np.clip(start, 0.02, 0.98)
-        return kind(variables, start, self._popsize << self._run, self._sigma0, TOLERANCE)
+        return kind(variables, start, self.popsize << self._run, self._sigma0, TOLERANCE)
 
     def _repeat(self, strategy: Strategy, record: dict[str, Any]) -> None:
         if (record["run"], record["generation"]) != (self._run, self._generation):
