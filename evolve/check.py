@@ -17,7 +17,7 @@ from evolve.merge_progress import duration
 from evolve.plan import Plan
 from evolve.power import resolvable_gain
 from evolve.rehearsal import Rehearsal, amounts
-from evolve.samplers import make_sampler
+from evolve.samplers.stages import sampler_of
 from evolve.space.variable import Variable
 from evolve.tasks import Split
 from merge_core.estimate import in_units
@@ -104,14 +104,7 @@ def _variable_json(variable: Variable) -> dict[str, Any]:
 def _generation(plan: Plan) -> int | None:
     """Return how many candidates a generation has; None where the sampler knows none."""
     settings = plan.search_file.search
-    sampler = make_sampler(
-        settings.sampler,
-        plan.space,
-        settings.seed,
-        len(plan.objectives.names),
-        sigma0=settings.sigma0,
-        population_size=settings.population_size,
-    )
+    sampler = sampler_of(settings, plan.space, len(plan.objectives.names))
     return getattr(sampler, "popsize", None)
 
 

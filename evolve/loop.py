@@ -21,8 +21,8 @@ from evolve.heats import Heats
 from evolve.judge import base_scores, judge, kept_verdict
 from evolve.memory import refuse_too_large
 from evolve.plan import Plan, make_plan
-from evolve.samplers import make_sampler
 from evolve.samplers.proposer import Proposer
+from evolve.samplers.stages import sampler_of
 from evolve.search_file import SearchFile
 from evolve.study import Study
 from evolve.under_way import UnderWay, nobody_waits
@@ -154,14 +154,7 @@ def search(
         heats: what a candidate is asked, in one job or several.
     """
     settings = plan.search_file.search
-    sampler = make_sampler(
-        settings.sampler,
-        plan.space,
-        settings.seed,
-        len(plan.objectives.names),
-        sigma0=settings.sigma0,
-        population_size=settings.population_size,
-    )
+    sampler = sampler_of(settings, plan.space, len(plan.objectives.names))
     proposer = Proposer(plan.space, sampler, plan.known, settings.seed)
     keep_current(study, plan)
     deadline = time.monotonic() + (settings.timeout_s or float("inf"))

@@ -65,6 +65,8 @@ class Plan:
             "constraints": settings["search"]["constraints"],
             "layer_granularity": self.search_file.search.layer_granularity,
             "sampler": self.search_file.search.sampler,
+            "rounds": self.search_file.search.rounds,
+            "polish": self.search_file.search.polish,
             "racing": self.search_file.search.racing,
             "seed_recipes": [self.known[file] for file in self.search_file.search.seed_recipes],
             **{key: value for key, value in cma.items() if value is not None},

@@ -25,8 +25,8 @@ from evolve.intervals import is_binary
 from evolve.judge import base_scores
 from evolve.loop import commonest_failure, search
 from evolve.plan import Plan
-from evolve.samplers import make_sampler
 from evolve.samplers.pace import proposing_seconds
+from evolve.samplers.stages import sampler_of
 from evolve.study import Study, load_outcomes, save_outcomes
 from evolve.tasks import Outcomes
 from evolve.under_way import UnderWay, nobody_waits
@@ -214,14 +214,7 @@ class _Rehearsal:
         plan, settings = self._plan, self._plan.search_file.search
         self._under_way(f"asking the {settings.sampler} sampler, as late as it will be asked")
         n_objectives = len(plan.objectives.names)
-        sampler = make_sampler(
-            settings.sampler,
-            plan.space,
-            settings.seed,
-            n_objectives,
-            sigma0=settings.sigma0,
-            population_size=settings.population_size,
-        )
+        sampler = sampler_of(settings, plan.space, n_objectives)
         return proposing_seconds(sampler, plan.space, settings.n_iterations, n_objectives)
 
 

@@ -19,12 +19,12 @@ from functools import cache
 
 import cma
 import numpy as np
-from evolve.samplers.known import known_recipes
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from replay import TASKS, Replay
 from scipy.stats import t as student
 
 from evolve.front import hypervolume, non_dominated
+from evolve.known import known_recipes
 from evolve.racing import FINALISTS, Race, Values
 from evolve.samplers import make_sampler
 from evolve.samplers.auto import resolve_sampler
@@ -105,9 +105,8 @@ def search(
     """Search with the product's proposer; `values` evaluates a candidate by number and point."""
     over = bench.space
     name, _ = resolve_sampler(sampler, over, n, n_objectives)
-    proposer = Proposer(
-        over, make_sampler(name, over, bench.seed, n_objectives), known_recipes(over), bench.seed
-    )
+    known = known_recipes(over, {}, lambda _: N_LAYERS)
+    proposer = Proposer(over, make_sampler(name, over, bench.seed, n_objectives), known, bench.seed)
     trials: list[FrozenTrial] = []
     for number in range(n):
         proposal = proposer.propose(number, trials)
