@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -411,15 +411,14 @@ def total_violation(trial: FrozenTrial) -> float:
 
 def _open_storage(folder: Path, url: str | None) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Finished trials are read once: a candidate must not take longer the more came before it.
     shown = "storage"
     try:
         if url is None:
-            return RDBStorage(
-                f"sqlite:///{folder.resolve() / 'study.db'}",
-                engine_kwargs={"connect_args": {"timeout": 60}},
-            )
+            sqlite = f"sqlite:///{folder.resolve() / 'study.db'}"
+            return get_storage(RDBStorage(sqlite, engine_kwargs={"connect_args": {"timeout": 60}}))
         shown = make_url(url).render_as_string(hide_password=True)
-        return RDBStorage(url)
+        return get_storage(RDBStorage(url))
     except ArgumentError:
         raise SearchFileError(
             "--storage is no database URL; write one such as postgresql://user@host/name"
