@@ -68,7 +68,6 @@ def load_tasks(
     paths = [path.resolve() for path in paths if path.is_dir()]
     manager = TaskManager(include_path=paths, include_defaults=False)
     known: Iterable[str] = manager.all_tasks
-    users_own = frozenset(known)
     missing = [name for name in places if name not in known]
     if missing or _reach_beyond(manager, places):
         catalogue = Catalogue()
@@ -81,7 +80,7 @@ def load_tasks(
     with _one_look_at_a_data_set():
         for name, entry in places.items():
             try:
-                loaded[name] = _load(f"{entry}.name", name, manager, known, scoring, users_own)
+                loaded[name] = _load(f"{entry}.name", name, manager, known, scoring)
                 _refuse(f"{entry}.name", name, loaded[name], allow_unsafe_code)
             except SearchFileError as error:
                 loaded.pop(name, None)
@@ -89,14 +88,7 @@ def load_tasks(
     return loaded
 
 
-def _load(
-    field: str,
-    name: str,
-    manager: Any,
-    known: Iterable[str],
-    scoring: ScoringSettings,
-    users_own: frozenset[str],
-) -> Loaded:
+def _load(field: str, name: str, manager: Any, known: Iterable[str], scoring: ScoringSettings) -> Loaded:
     if name not in known or name not in manager.all_tasks:
         folders = ", ".join(str(path) for path in scoring.task_paths)
         raise SearchFileError(
@@ -119,9 +111,17 @@ def _load(
     public = set()
     for task in leaves:
         _set_fewshot(task, scoring.num_fewshot)
-        if not ask_on(task, scoring.split) and task.task_name not in users_own:
+        entry = manager.task_index.get(task.task_name) or manager.task_index[name]
+        if not ask_on(task, scoring.split) and _is_lm_evals_own(entry):
             public.add(task.task_name)
     return Loaded(leaves, group, frozenset(public))
+
+
+def _is_lm_evals_own(entry: Any) -> bool:
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).resolve().parent
+    return entry.yaml_path is not None and folder in Path(entry.yaml_path).resolve().parents
 
 
 def _refuse(field: str, name: str, loaded: Loaded, allow_unsafe_code: bool) -> None:

@@ -145,6 +145,17 @@ def test_every_kind_of_task_equals_lm_evals_own(compared: dict[str, Any]) -> Non
     }
 
 
+def test_it_is_said_which_documents_others_are_measured_on(compared: dict[str, Any]) -> None:
+    """lm-eval's own tasks, also within a group of the user's; not a task of the user's own."""
+    found = {key: task["public"] for key, task in compared["plain"].items()}
+    by_split = {
+        "test": ["gsm8k", "few", "unweighted", "arc_easy", "wikitext"],
+        "validation": ["hellaswag"],
+    }
+    expected = {key: split for split, keys in by_split.items() for key in keys}
+    assert found == {**expected, "close": None}
+
+
 def test_few_shot_examples_are_lm_evals_own(compared: dict[str, Any]) -> None:
     check(compared["few-shot"])
 
@@ -201,6 +212,7 @@ def run_case(folder: str, lm_name: str, names: list[str], scoring: dict[str, Any
             totals[metric] = other.score([type(outcomes[task.key][0])(*p) for p in picked])
         found[task.key] = {
             "ours": totals,
+            "public": tasks.public.get(task.key),
             "documents": sorted(
                 [o.leaf.rpartition("/")[2], o.document, metric, value]
                 for o in outcomes[task.key]

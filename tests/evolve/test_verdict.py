@@ -1,13 +1,17 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evolve.baselines import baseline_jobs
-from evolve.intervals import gain_interval, score_interval
+from evolve.comparison import Comparison
+from evolve.intervals import gain_interval, holm, mcnemar, score_interval, simultaneous
+from evolve.power import documents_needed, resolvable_gain
 from evolve.search_file import ScoringSettings, TaskSpec
-from evolve.tasks import Outcome, TaskSet
-from evolve.verdict import conclude
+from evolve.tasks import Outcome, TaskSet, report_set
+from evolve.verdict import Elsewhere, Verdict, conclude
 from evolve.workers.worker import Prompting
 from merge_core.recipe import Recipe
 
@@ -128,3 +132,165 @@ def test_a_model_with_another_template_is_also_asked_as_its_owner_would(tmp_path
     jobs = {job.name: job for job in baseline_jobs(start, Prompting(base, False))}
     assert jobs[str(chatty)].promptings == (Prompting(base, False), Prompting(str(chatty), True))
     assert len(jobs[base].promptings) == 1
+
+
+def by_split(values: dict[str, list[Outcome]]) -> dict[str, dict[str, list[Outcome]]]:
+    return {"search": values, "holdout": values}
+
+
+def test_the_finalist_that_does_best_on_the_holdout_wins(tasks: TaskSet) -> None:
+    base = by_split(outcomes([1, 0, 0, 0] * 25, [1, 0] * 50))
+    members = {
+        4: outcomes([1, 0, 0, 0] * 25, [1, 0] * 50),
+        9: outcomes([1, 1, 1, 0] * 25, [1] * 100),
+        2: outcomes([1, 1, 0, 0] * 25, [1] * 100),
+    }
+    verdict = conclude(tasks, members, {"base": base})  # type: ignore[dict-item]
+    assert verdict.trial == 9
+    assert [member.trial for member in verdict.shortlist] == [4, 9, 2]
+    assert verdict.gain == verdict.shortlist[1].gain
+    assert "at 95% certainty for 3 finalists" in verdict.text
+    same = {n: members[2] for n in (5, 3)}
+    assert conclude(tasks, same, {"base": base}).trial == 5  # type: ignore[dict-item]
+
+
+def random_outcomes(rng: np.random.Generator, n: int, share: float) -> dict[str, list[Outcome]]:
+    sort, largest = (rng.random((2, n)) < share).astype(float)
+    return outcomes(list(sort), list(largest))
+
+
+def test_more_finalists_and_more_baselines_widen_a_gains_interval(tasks: TaskSet) -> None:
+    rng = np.random.default_rng(3)
+    members = {i: random_outcomes(rng, 80, 0.6) for i in range(6)}
+    baselines = {str(i): random_outcomes(rng, 80, 0.5) for i in range(4)}
+    alone = Comparison(tasks, {0: members[0]}, baselines).gains()[0]
+    among = Comparison(tasks, members, baselines).gains()[0]
+    assert among.value == alone.value
+    assert among.low < alone.low
+    assert among.high > alone.high
+    # Against each baseline the gain over the best of them is no larger, nor is its lower end.
+    for name, baseline in baselines.items():
+        over_one = Comparison(tasks, {0: members[0]}, {name: baseline}).gains()[0]
+        assert alone.value <= over_one.value
+        assert alone.low <= over_one.low
+
+
+def test_finalists_that_are_the_same_cost_nothing(tasks: TaskSet) -> None:
+    rng = np.random.default_rng(4)
+    winner, base = random_outcomes(rng, 80, 0.6), random_outcomes(rng, 80, 0.5)
+    alone = gain_interval(tasks, winner, base)
+    for gain in Comparison(tasks, {0: winner, 1: winner, 2: winner}, {"base": base}).gains().values():
+        assert (gain.low, gain.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_all_intervals_of_a_family_hold_at_once() -> None:
+    rng = np.random.default_rng(5)
+    held = 0
+    for _ in range(200):
+        documents = rng.normal(size=(60, 8)) @ rng.normal(size=(8, 8))
+        draws = rng.integers(0, 60, (500, 60))
+        intervals = simultaneous(documents.mean(axis=0), documents[draws].mean(axis=1))
+        held += all(interval.low <= 0 <= interval.high for interval in intervals)
+    assert held >= 0.89 * 200  # 95% nominal; three standard errors below, and bootstrap's own loss
+
+
+def test_a_loss_on_one_task_is_said_beside_a_gain_in_the_sum(tasks: TaskSet) -> None:
+    base = by_split(outcomes([1] * 100, [0] * 100))
+    winner = outcomes([1, 1, 0, 0] * 25, [1] * 100)
+    verdict = conclude(tasks, {1: winner}, {"base": base})  # type: ignore[dict-item]
+    assert verdict.text.startswith("gain shown: +1.500 [")
+    assert "; gained on qs_largest +1.000 [" in verdict.text
+    assert "; lost on qs_sort -0.500 [" in verdict.text
+    sort, largest = (verdict.differences[key] for key in ("qs_sort", "qs_largest"))
+    assert (sort.is_better, largest.is_better) == (False, True)
+    # All 100 documents differ one way; Holm leaves the smaller of two p-values doubled.
+    assert largest.p_value == pytest.approx(2 * 2 * 0.5**100)
+    assert sort.p_value == pytest.approx(2 * 0.5**50)
+
+
+def test_tasks_that_are_only_reported_say_what_was_lost_elsewhere(tasks: TaskSet) -> None:
+    scoring = ScoringSettings(task_paths=[str(ROOT / "tasks")])
+    reported = report_set([TaskSpec(name="qs_reverse")], scoring, 0)
+
+    def reverse(share: float) -> dict[str, list[Outcome]]:
+        return {"qs_reverse": [Outcome("qs_reverse", i, float(i < share * 100)) for i in range(100)]}
+
+    base, winner = outcomes([0] * 50, [0] * 50), outcomes([1] * 50, [1] * 50)
+    elsewhere = Elsewhere(reported, reverse(0.5), {"base": reverse(0.8), "tuned": reverse(0.9)})
+    baselines = {"base": by_split(base), "tuned": by_split(base)}
+    verdict = conclude(tasks, {1: winner}, baselines, elsewhere=elsewhere)  # type: ignore[arg-type]
+    assert "; lost on qs_reverse: -0.400 [" in verdict.text
+    assert verdict.text.count("lost on") == 1
+    assert "] against 'tuned'" in verdict.text
+    assert verdict.report_only["qs_reverse"].value == 0.5
+    assert [b.report_only["qs_reverse"].value for b in verdict.baselines] == [0.8, 0.9]
+    recalled = Verdict.recalled(json.loads(json.dumps(asdict(verdict))))
+    assert recalled == verdict
+
+
+def test_it_says_how_many_documents_would_show_the_gain(tasks: TaskSet) -> None:
+    rng = np.random.default_rng(6)
+    base = np.array([1.0, 0.0] * 30)
+    better = base.copy()
+    better[:22] = np.where(np.arange(22) % 6 == 0, 0.0, 1.0)  # of 15 that differ 11 become right
+    scoring = ScoringSettings(task_paths=[str(ROOT / "tasks")])
+    one = TaskSet([TaskSpec(name="qs_sort")], scoring, 0)
+
+    def of(values: np.ndarray) -> dict[str, list[Outcome]]:
+        return {"qs_sort": [Outcome("qs_sort", i, float(value)) for i, value in enumerate(values)]}
+
+    verdict = conclude(one, {0: of(better)}, {"base": by_split(of(base))})  # type: ignore[dict-item]
+    assert verdict.text.startswith("no gain shown: +")
+    n = verdict.documents_needed
+    assert n is not None
+    assert n > 60
+    assert "it would take about " in verdict.text
+    # With so many, and the same share of differences, it is shown about 8 times in 10.
+    shown = 0
+    for _ in range(60):
+        drawn = rng.integers(0, 60, n)
+        interval = gain_interval(one, of(better[drawn]), of(base[drawn]))
+        shown += interval.low > 0
+    assert 0.6 * 60 <= shown <= 0.97 * 60
+
+
+def test_mcnemar_and_holm_are_as_published() -> None:
+    def of(*values: float) -> list[Outcome]:
+        return [Outcome("t", i, value) for i, value in enumerate(values)]
+
+    # 9 documents differ, 8 of them one way: 2 (C(9,0) + C(9,1)) / 2^9.
+    assert mcnemar(of(*[1] * 8, 0, 1, 1), of(*[0] * 8, 1, 1, 1)) == pytest.approx(20 / 512)
+    assert mcnemar(of(1, 0), of(1, 0)) == 1.0
+    # Holm 1979: the smallest times 4, the next times 3, ...; never below one before.
+    assert holm([0.01, 0.04, None, 0.03, 0.005]) == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(100, 0.3), (400, 0.1)])
+def test_a_gain_that_is_called_resolvable_is_shown_in_8_searches_of_10(n: int, discordant: float) -> None:
+    scoring = ScoringSettings(task_paths=[str(ROOT / "tasks")])
+    one = TaskSet([TaskSpec(name="qs_sort")], scoring, 0)
+    gain = resolvable_gain(n, discordant)
+    rng = np.random.default_rng(7)
+    shown = 0
+    for _ in range(100):
+        kind = rng.choice(
+            [1, -1, 0], n, p=[(discordant + gain) / 2, (discordant - gain) / 2, 1 - discordant]
+        )
+        ours, theirs = (
+            [Outcome("qs_sort", i, float(k == side)) for i, k in enumerate(kind)] for side in (1, -1)
+        )
+        shown += gain_interval(one, {"qs_sort": ours}, {"qs_sort": theirs}).low > 0
+    assert 68 <= shown <= 92  # three standard errors
+
+
+def test_what_can_be_resolved_falls_with_documents_and_is_nothing_for_too_few() -> None:
+    gains = [resolvable_gain(n, 0.2) for n in (50, 100, 200, 1000)]
+    assert gains == sorted(gains, reverse=True)
+    assert resolvable_gain(10, 0.2) == float("inf")
+    # Connor 1987: n = (1.95996 sqrt(0.2) + 0.84162 sqrt(0.2 - 0.1^2))^2 / 0.1^2 = 154.6
+    assert resolvable_gain(155, 0.2) == pytest.approx(0.1, abs=2e-4)
+
+
+def test_documents_needed_is_the_textbooks_number() -> None:
+    # Miller 2024, equation 9, with a standard error of 0.05 on 100 documents: 2.8016^2 * 0.25 / 0.05^2
+    assert documents_needed(100, 0.05, 0.05) == 785
