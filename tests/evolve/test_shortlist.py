@@ -1,0 +1,210 @@
+"""The end of a search: a frozen shortlist, one winner everywhere, tasks that are only reported."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolve.errors import ResumeRefusedError, SearchFileError
+from evolve.export import export_yaml
+from evolve.judge import frozen_shortlist, shortlist
+from evolve.loop import StudyResult, run
+from evolve.plan import make_plan
+from evolve.report import print_result, result_json
+from evolve.search_file import SearchFile
+from evolve.study import Study, load_outcomes
+from merge_core.card import head_notices
+from merge_core.merge import save_merged
+from merge_core.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def small(n: int, **sections: Any) -> SearchFile:
+    """The quickstart without one of its tasks, cut to seconds, by random search."""
+    data = SearchFile.load(ROOT / "configs/quickstart.yml").as_dict()
+    data["tasks"] = ["qs_sort", "qs_largest"]
+    data["search"] |= {"n_iterations": n, "sampler": "random", "racing": "none"}
+    data["scoring"] |= {"limit": 10, "holdout": 30}
+    return SearchFile(data | sections)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
+    patch = pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    try:
+        return run(small(8, report_only=["qs_reverse"]), folder=tmp_path_factory.mktemp("whole") / "s")
+    finally:
+        patch.undo()
+
+
+def test_the_shortlist_is_the_best_of_the_search_and_all_of_it_is_scored(finished: StudyResult) -> None:
+    study, verdict = finished.study, finished.verdict
+    assert verdict is not None
+    by_search = sorted(study.trials(), key=lambda t: (-(t.value or 0.0), t.number))[:3]
+    numbers = [member.trial for member in verdict.shortlist]
+    assert numbers == [trial.number for trial in by_search] == study.note("shortlist")["trials"]
+    plan = make_plan(small(8, report_only=["qs_reverse"]))
+    for member in verdict.shortlist:
+        outcomes = load_outcomes(study.outcomes_path(f"holdout-{member.trial}"))["holdout"]
+        objective = plan.tasks.objective(plan.tasks.scores(outcomes))
+        assert objective == pytest.approx(member.holdout_objective)
+    best = max(verdict.shortlist, key=lambda member: member.holdout_objective)
+    assert verdict.trial == best.trial
+
+
+def test_everything_agrees_on_the_winner(finished: StudyResult) -> None:
+    study, verdict = finished.study, finished.verdict
+    assert verdict is not None
+    data = json.loads(json.dumps(result_json(finished)))
+    assert finished.best is not None
+    assert finished.best.number == data["best"]["number"] == verdict.trial
+    assert [member["number"] for member in data["pareto"]] == [verdict.trial]
+    assert [path.name for path in (study.folder / "pareto").iterdir()] == [f"trial-{verdict.trial}.yml"]
+    text = (study.folder / "best.yml").read_text()
+    assert f", trial {verdict.trial}, seed" in text.splitlines()[0]
+    assert "# holdout qs_sort: " in text
+    assert (study.folder / f"pareto/trial-{verdict.trial}.yml").read_text() == text
+    assert Recipe.load(study.folder / "best.yml") == finished.recipe
+    reopened = Study.open(study.folder).best()
+    assert reopened is not None
+    assert reopened.number == verdict.trial
+
+
+def test_the_holdouts_choice_stands_until_a_trial_outdoes_the_finalists(
+    finished: StudyResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = finished.study
+    ranked = study.ranked()
+    note = study.note("verdict")
+    for member in note["shortlist"]:
+        monkeypatch.setattr(study, "note", lambda key, m=member: note | {"trial": m["trial"]})
+        monkeypatch.setattr(study, "_current_finalists", list)
+        best = study.best()
+        assert best is not None
+        assert best.number == member["trial"]
+    others = [m for m in note["shortlist"] if m["trial"] != ranked[0].number]
+    monkeypatch.setattr(study, "note", lambda key: note | {"shortlist": others})
+    best = study.best()
+    assert best is not None
+    assert best.number == ranked[0].number
+
+
+def test_equal_recipes_take_one_place(finished: StudyResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(small(8))
+    first, second, *rest = finished.study.ranked()
+    again = copy.copy(first)
+    again.number = second.number
+    monkeypatch.setattr(finished.study, "ranked", lambda: [first, again, *rest])
+    assert shortlist(finished.study, plan) == [first.number, rest[0].number, rest[1].number]
+
+
+def test_one_is_asked_where_there_is_no_holdout_or_a_front(finished: StudyResult) -> None:
+    plan = make_plan(small(8))
+    favourite = finished.study.ranked()[0].number
+    without = plan.search_file.changed(scoring={"holdout": 0.0})
+    pareto = plan.search_file.changed(search={"objective": "pareto", "sampler": "nsga2"})
+    for file in (without, pareto):
+        assert shortlist(finished.study, replace(plan, search_file=file)) == [favourite]
+
+
+def test_a_longer_search_counts_everything_the_holdout_was_asked_about(tmp_path: Path) -> None:
+    first = run(small(3), folder=tmp_path / "s")
+    assert first.verdict is not None
+    before = [member.trial for member in first.verdict.shortlist]
+    plan = make_plan(small(8))
+    assert frozen_shortlist(first.study, plan) == before  # nothing has finished since
+    longer = run(small(8), folder=tmp_path / "s")
+    assert longer.verdict is not None
+    after = [member.trial for member in longer.verdict.shortlist]
+    assert set(before) <= set(after)
+    assert after[:3] == [trial.number for trial in longer.study.ranked()[:3]]
+    assert f"for {len(after)} finalists" in longer.verdict.text
+
+
+# ---- report_only --------------------------------------------------------------------------------
+
+
+def test_reported_tasks_are_scored_for_winner_and_baselines_only(
+    finished: StudyResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = result_json(finished)
+    assert list(data["best"]["scores"]) == list(data["best"]["holdout"]) == ["qs_sort", "qs_largest"]
+    for scored in (data["best"], *data["baselines"]):
+        assert list(scored["report_only"]) == ["qs_reverse"]
+    study = finished.study
+    assert finished.best is not None
+    kept = load_outcomes(study.outcomes_path(f"report-{finished.best.number}"))["report"]
+    assert len(kept["qs_reverse"]) == 10  # the limit; nothing is held out
+    assert "report" in load_outcomes(study.outcomes_path("baseline-0"))
+    assert "report" not in load_outcomes(study.outcomes_path("trial-0"))
+    assert data["documents_scored"] == 8 * 20
+    specialist = next(b for b in data["baselines"] if b["name"].endswith("reverse"))
+    assert specialist["report_only"]["qs_reverse"]["value"] == 1.0
+    found = data["verdict_notes"]["report_only"]["qs_reverse"][specialist["name"]]
+    assert found["value"] == data["best"]["report_only"]["qs_reverse"]["value"] - 1.0
+    assert ("lost on qs_reverse" in data["verdict"]) == (found["is_better"] is False)
+    print_result(data, "s")
+    assert "only reported" in capsys.readouterr().out
+    assert study.note("documents")["qs_reverse"] == "10 reported, drawn by seed 0 from test"
+
+
+def test_a_task_cannot_be_searched_on_and_only_reported() -> None:
+    with pytest.raises(SearchFileError, match=r"report_only\[0\].name is 'qs_sort', which stands under"):
+        small(2, report_only=["qs_sort"])
+
+
+def test_what_is_reported_is_checked_like_any_task() -> None:
+    with pytest.raises(SearchFileError, match=r"report_only\[0\].name is 'qs_revers'.*'qs_reverse'"):
+        make_plan(small(2, report_only=["qs_revers"]))
+
+
+def test_another_split_or_other_reported_tasks_are_another_search(finished: StudyResult) -> None:
+    with pytest.raises(ResumeRefusedError, match="report_only"):
+        run(small(8, report_only=[{"name": "qs_reverse", "weight": 2.0}]), folder=finished.study.folder)
+    file = small(8, report_only=["qs_reverse"]).changed(scoring={"split": "validation"})
+    with pytest.raises(ResumeRefusedError, match="scoring"):
+        run(file, folder=finished.study.folder)
+
+
+# ---- notices ------------------------------------------------------------------------------------
+
+
+def test_what_others_are_measured_on_is_said_at_the_head_and_on_the_card(
+    finished: StudyResult, tmp_path: Path
+) -> None:
+    said = "searched on mmlu:test: not a leaderboard result"
+    assert finished.recipe is not None
+    text = export_yaml(finished.recipe, "s", 1, 0, {}, notices=[said])
+    assert head_notices(text) == [said]
+    path = tmp_path / "best.yml"
+    path.write_text(text)
+    save_merged(Recipe.load(path), tmp_path / "out", recipe_text=text)
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"\n> {said}\n" in card.split("## Method")[0]
+
+
+def test_the_verdict_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evolve.tasks import TaskSet
+
+    monkeypatch.setattr(TaskSet, "public", {"qs_sort": "test"}, raising=False)
+    monkeypatch.setattr(
+        TaskSet, "notices", lambda self: ["searched on mmlu:test: not a leaderboard result"]
+    )
+    result = run(small(2), folder=tmp_path / "s")
+    data = result_json(result)
+    assert data["verdict"].endswith("; searched on mmlu:test: not a leaderboard result")
+    assert data["verdict_notes"]["notices"] == ["searched on mmlu:test: not a leaderboard result"]
+    head = (tmp_path / "s/best.yml").read_text()
+    assert head_notices(head) == data["verdict_notes"]["notices"]
