@@ -7,7 +7,7 @@ choices that are made on these documents are covered:
   is picked is covered too.
 - *Which baseline is best.* A gain's lower end is the lowest of those to all baselines, the truly
   best one's among them, which needs no further adjustment; the upper ends hold for all pairs at
-  once (multiple comparisons with the best, Hsu 1984, https://doi.org/10.1214/aos/1176346511).
+  once (multiple comparisons with the best, Hsu 1984, Annals of Statistics 12, 1136).
 """
 
 from __future__ import annotations

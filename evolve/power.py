@@ -20,7 +20,7 @@ def resolvable_gain(n_documents: int, discordant: float) -> float:
     The two models differ on a share p of the documents, one right and one wrong; g is the share on
     which the first is right minus that on which the second is. Solved for g from
     n = (z_certainty sqrt(p) + z_power sqrt(p - g^2))^2 / g^2 (Connor 1987,
-    https://doi.org/10.2307/2531961); with p in place of p - g^2 it is equation 9 of Miller 2024
+    Biometrics 43, 207); with p in place of p - g^2 it is equation 9 of Miller 2024
     (https://arxiv.org/abs/2411.00640).
 
     Args:

@@ -1,20 +1,20 @@
 """The verdict: what the winner gained over the best baseline, on documents the search never saw.
 
 A frozen shortlist is scored on the holdout, and the member that does best there is the winner.
-What is claimed stays honest under both choices that the holdout makes:
+Its gain over the best baseline has an interval that stays honest under both choices; how, says
+`evolve.comparison`.
 
-- *Which member.* The lower ends of the members' gains hold for all members at once
-  (`evolve.intervals.simultaneous`), so the one that is picked is covered too.
-- *Which baseline.* A member's gain is its distance to the best baseline, the smallest of its
-  distances to all; its lower end is the lowest of theirs. To lie above zero it must do so against
-  every baseline, the truly best one included, which needs no further adjustment (Hsu 1984,
-  https://doi.org/10.1214/aos/1176346511). The upper ends hold for all pairs at once.
+Why three members, and why the holdout picks. In 600 simulated searches a row, of 160 candidates that
+differ and four baselines (`python tests/benchmarks/null_test.py --power`), a gain was claimed in,
+and the pick truly gained:
 
-Why three members, and why the holdout picks. In 2,000 simulated searches each (100 candidates of
-differing quality, four baselines; `python tests/benchmarks/null_test.py --power`) picking on the
-holdout showed a real gain more often than keeping the search's own first, and the pick was better:
-SIMULATED
-More than three gain little, and cost a scoring each.
+    correlation, spread of abilities   search's first   best of 3 on holdout   best of 5
+    0.0, 0.1                           9.5%, +0.053     9.7%, +0.057           9.2%, +0.058
+    0.0, 0.2                           64%,  +0.130     75%,  +0.135           74%,  +0.135
+    0.8, 0.1                           33%,  +0.062     39%,  +0.065           37%,  +0.066
+
+Standard errors are at most 2% and 0.0013. Looking at three costs the claim nothing and the pick is
+better; at more, nothing is won but scorings.
 
 Where a study is taken up again with more candidates, its next shortlist joins those frozen before:
 the intervals then hold for all members that the holdout was ever asked about. They do not correct

@@ -43,7 +43,7 @@ from evolve.verdict import conclude
 ROOT = Path(__file__).resolve().parents[2]
 N_CANDIDATES, N_BASELINES = 160, 4
 CORRELATIONS = (0.0, 0.8)
-SPREADS = (0.1, 0.2, 0.3)
+SPREADS = (0.1, 0.2)
 SHORTLISTS = (1, 2, 3, 5, 8)
 TASK = "qs_sort"
 
