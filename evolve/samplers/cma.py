@@ -61,7 +61,7 @@ class CmaSampler:
 
     Args:
         sigma0: first standard deviation, as a share of each range; None = SIGMA0.
-        popsize: candidates a generation; None = 4 + floor(3 ln n), as in the tutorial.
+        popsize: candidates a generation of the first run; None = 4 + floor(3 ln n), as in the tutorial.
     """
 
     def __init__(

@@ -186,12 +186,12 @@ def failing(n: int, low: float) -> SearchFile:
     """`linear` with weights of opposite sign: where they cancel, the merge fails."""
     data = small(n).as_dict()
     models = [m["model"] for m in data["models"]][:2]
-    step = {"low": low, "high": 1.0, "step": 1.0 - low, "start": 1.0}
+    step = {"low": low, "high": 1.0, "step": 1.0, "start": 1.0}
     data |= {
         "merge_method": "linear",
         "models": [
             {"model": models[0], "parameters": {"weight": step}},
-            {"model": models[1], "parameters": {"weight": 1.0}},
+            {"model": models[1], "parameters": {"weight": step}},
         ],
     }
     data["search"] |= {"sampler": "random", "max_failed_share": 0.99}
@@ -209,21 +209,53 @@ def test_a_failed_candidate_is_a_failed_trial_and_never_wins(tmp_path: Path) -> 
     assert result.best.number not in [t.number for t in failed]
 
 
-def test_choices_that_do_not_go_together_fail_as_trials(tmp_path: Path) -> None:
+def test_choices_that_do_not_go_together_are_not_tried(tmp_path: Path) -> None:
     data = small(8).as_dict()
     base, (one, two, _) = data["base_model"], [m["model"] for m in data["models"]]
     data["models"] = [
         {"model": {"choices": [model, base]}, "parameters": {"weight": {"low": 0.4, "high": 0.9}}}
         for model in (one, two)
     ]
-    data["search"] |= {"sampler": "random", "max_failed_share": 1.0}
+    data["search"] |= {"sampler": "random"}
     trials = run(SearchFile(data), folder=tmp_path / "s").study.trials()
-    for trial in trials:
-        is_nothing = all(trial.params[f"models[{i}].model"] == base for i in (0, 1))
-        assert trial.state == (TrialState.FAIL if is_nothing else TrialState.COMPLETE)
-    kinds = [t.user_attrs["failure"]["kind"] for t in trials if t.state == TrialState.FAIL]
-    assert kinds
-    assert set(kinds) == {"recipe"}
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 8
+    for trial in trials:  # nothing is merged where both are the base
+        assert any(trial.params[f"models[{i}].model"] != base for i in (0, 1))
+
+
+def test_known_recipes_are_the_first_candidates(finished: StudyResult) -> None:
+    models = [f"configs/quickstart/models/{name} alone" for name in ("reverse", "sort", "largest")]
+    names = [trial.user_attrs.get("known") for trial in finished.study.trials()]
+    assert names == ["starts", *models, "average", "centres", None, None]
+
+
+def test_a_seed_recipe_is_tried_and_is_part_of_what_the_search_is(
+    finished: StudyResult, tmp_path: Path
+) -> None:
+    assert finished.recipe is not None
+    own = tmp_path / "own.yml"
+    own.write_text(finished.recipe.to_yaml())
+    file = small(2, search={"seed_recipes": [str(own)], "sampler": "random"})
+    result = run(file, folder=tmp_path / "s")
+    first, second = result.study.trials()
+    if finished.best is not None and finished.best.number != 0:
+        assert second.user_attrs["known"] == str(own)
+        assert second.params == finished.best.params
+    with pytest.raises(ResumeRefusedError, match="seed_recipes"):
+        run(small(2, search={"sampler": "random"}), folder=tmp_path / "s")
+    assert first.user_attrs["known"] == "starts"
+
+
+def test_a_search_ends_where_every_candidate_is_scored(tmp_path: Path) -> None:
+    data = small(20).as_dict()
+    for model, weight in zip(data["models"], ({"choices": [0.5, 1.0]}, 0.5, 0.5), strict=True):
+        model["parameters"] = {"weight": weight}
+    file = SearchFile(data).changed(search={"sampler": "cma"})
+    for _ in range(2):
+        result = run(file, folder=tmp_path / "s")
+        assert len(result.study.trials()) == 2
+        assert result.study.note("exhausted") == "all 2 candidates of the space are scored"
+    assert result.was_complete
 
 
 def test_too_many_failures_stop_the_search_and_name_the_cause(tmp_path: Path) -> None:
