@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,3 +210,18 @@ def test_the_verdict_says_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert data["verdict_notes"]["notices"] == ["searched on mmlu:test: not a leaderboard result"]
     head = (tmp_path / "s/best.yml").read_text()
     assert head_notices(head) == data["verdict_notes"]["notices"]
+
+
+def test_a_merge_with_another_random_seed_keeps_the_notice(tmp_path: Path) -> None:
+    from merge_core.card import NOTICE
+
+    models = ROOT / "configs/quickstart/models"
+    recipe = tmp_path / "best.yml"
+    entries = "".join(f"  - {{model: {models / name}}}\n" for name in ("sort", "reverse"))
+    recipe.write_text(
+        f"# {NOTICE}searched on x:test\nmerge_method: linear\nmodels:\n{entries}dtype: float32\n"
+    )
+    command = [sys.executable, "-m", "evolve.cli", "merge", str(recipe), str(tmp_path / "out")]
+    subprocess.run([*command, "--random-seed", "3"], check=True, capture_output=True)
+    assert "> searched on x:test" in (tmp_path / "out/README.md").read_text()
+    assert "random_seed: 3" in (tmp_path / "out/mergekit_config.yml").read_text()
