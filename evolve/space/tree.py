@@ -156,6 +156,8 @@ def read(node: Any, config: Any, known: Mapping[str, Value], at: str = "") -> di
             return _read_list(node, config, known, at, 0)
         if next(slots(node), None) is not None:  # a gradient, some of whose anchors are ranges
             return _read_list(node, [config] * len(node), known, at, 0)
+    if next(slots(node), None) is not None:
+        raise Misfit([f"{at} is {config!r:.60}; the space has another form there"])
     return {}
 
 

@@ -417,8 +417,8 @@ def test_a_finalist_that_cannot_be_scored_makes_way_for_the_next(
 ) -> None:
     generate = ResidentLM.generate_until
     ranked = finished.study.ranked()
-    fails = {ranked[0].params["models[0].weight"]}
-    held: list[float] = []
+    fails = {tuple(ranked[0].params.values())}
+    held: list[tuple[Any, ...]] = []
 
     def failing(self: ResidentLM, requests: Any, **kwargs: Any) -> list[str]:
         from evolve.errors import TrialEngineError
@@ -430,14 +430,14 @@ def test_a_finalist_that_cannot_be_scored_makes_way_for_the_next(
     load = HfEngine.load_recipe
 
     def loading(self: HfEngine, recipe: Any, sources: Any = None) -> tuple[float, float]:
-        held.append(recipe.as_config()["models"][0].get("parameters", {}).get("weight"))
+        held.append(tuple(m.get("parameters", {}).get("weight") for m in recipe.as_config()["models"]))
         return load(self, recipe, sources)
 
     monkeypatch.setattr(ResidentLM, "generate_until", failing)
     monkeypatch.setattr(HfEngine, "load_recipe", loading)
     result = run(small(holdout=0), folder=tmp_path / "s")
     assert sorted(result.study.finalists()) == sorted(trial.number for trial in ranked[1:4])
-    fails |= {trial.params["models[0].weight"] for trial in ranked}
+    fails |= {tuple(trial.params.values()) for trial in ranked}
     with pytest.raises(SearchStoppedError, match="not this one"):
         run(small(), folder=tmp_path / "t")
 
