@@ -233,7 +233,7 @@ class _Score:
         if n == n_all:
             return Estimate(float(given.mean()), 0.0)
         residuals = given - self._ease()[asked]
-        typical = self._squares / self._n_squares if self._n_squares else _COIN
+        typical = (self._squares + _VARIANCE_PRIOR * _COIN) / (self._n_squares + _VARIANCE_PRIOR)
         spread = ((residuals - residuals.mean()) ** 2).sum() + _VARIANCE_PRIOR * typical
         # What was asked is known: the error is that of the rest (finite population correction).
         variance = float(spread) / (n + _VARIANCE_PRIOR) / n * (1 - n / n_all)
