@@ -1,6 +1,6 @@
 """The replay bench: a search over real 135M models in milliseconds a candidate.
 
-    python tests/benchmarks/record_outcomes.py /tmp/testbed     # made outcomes.npz, once
+    python tests/benchmarks/record_outcomes.py /tmp/testbed outcomes.npz     # made it, once
 
 `outcomes.npz` holds what several hundred recorded candidates gave on each of the testbed's 379
 documents: exact match, and the likelihood of the reference. The space is that of TIES over two
