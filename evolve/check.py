@@ -20,7 +20,7 @@ from evolve.rehearsal import Rehearsal, amounts
 from evolve.samplers.stages import sampler_of
 from evolve.space.variable import Variable
 from evolve.tasks import Split
-from merge_core.estimate import in_units
+from merge_core.machine import in_units
 
 # On so many of the documents two candidates of a search are taken to differ: one right, one wrong.
 DISCORDANT = 0.2

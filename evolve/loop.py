@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
@@ -243,7 +244,7 @@ def start_pool(plan: Plan, workers: Workers) -> Pool:
 
     on_gpu = plan.setup.engine.device.startswith("cuda")
     gpus_each = workers.gpus_each or (1 if on_gpu else 0)
-    return RayPool(plan.setup, workers.count, gpus_each, workers.ray_address)
+    return RayPool(partial(Worker, plan.setup), workers.count, gpus_each, workers.ray_address)
 
 
 def _result(study: Study, plan: Plan, verdict: Verdict | None, was_complete: bool) -> StudyResult:

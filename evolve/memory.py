@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from evolve.errors import SearchFileError
 from merge_core.checkpoint.safetensors_file import ITEM_BYTES
-from merge_core.estimate import in_units
-from merge_core.machine import memory_left, private_bytes
+from merge_core.machine import in_units, memory_left, private_bytes
 from merge_core.plan import Sources, plan_merge
 from merge_core.recipe import Recipe
 

@@ -92,7 +92,7 @@ class _Lines:
         self._done = self._bytes = 0
 
     def __call__(self, n_bytes: int) -> None:
-        from merge_core.estimate import in_units
+        from merge_core.machine import in_units
 
         self._done += 1
         self._bytes += n_bytes

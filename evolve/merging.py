@@ -228,7 +228,7 @@ def _describe(recipe: Recipe, sources: Sources, plan: Sequence[Planned], device:
 
 
 def _print_check(needs: Estimate) -> None:
-    from merge_core.estimate import in_units
+    from merge_core.machine import in_units
 
     available = "unknown" if needs.available_bytes is None else in_units(needs.available_bytes)
     seconds = "unknown" if needs.seconds is None else duration(needs.seconds)

@@ -24,7 +24,14 @@ from merge_core.checkpoint.read import Checkpoint, TensorInfo, split_layer
 from merge_core.checkpoint.safetensors_file import ITEM_BYTES
 from merge_core.checkpoint.write import DEFAULT_SHARD_BYTES, TEMPLATE_FILES, TOKENIZER_FILES
 from merge_core.errors import ResourceError
-from merge_core.machine import disk_seconds, memory_left, nameless_file, nearest_folder, private_bytes
+from merge_core.machine import (
+    disk_seconds,
+    in_units,
+    memory_left,
+    nameless_file,
+    nearest_folder,
+    private_bytes,
+)
 from merge_core.merge import AHEAD_BYTES, merged_tensors, pays_to_compile
 from merge_core.plan import Planned, Sources, donor, merged_config, plan_merge
 from merge_core.recipe import Recipe
@@ -135,16 +142,6 @@ def estimate(
         available_bytes=None if left is None else left + private_bytes(),
         seconds=seconds,
     )
-
-
-def in_units(n_bytes: float) -> str:
-    """Spell a number of bytes in decimal units: 2.17 GB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= size:
-            return (
-                f"{n_bytes / size:.3g} {unit}" if n_bytes < 1e3 * size else f"{n_bytes / size:.0f} {unit}"
-            )
-    return f"{n_bytes:.0f} B"
 
 
 def _read_bytes(plan: Sequence[Planned], sources: Sources) -> int:

@@ -115,6 +115,16 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 4 << 20)
 
 
+def in_units(n_bytes: float) -> str:
+    """Spell a number of bytes in decimal units: 2.17 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return (
+                f"{n_bytes / size:.3g} {unit}" if n_bytes < 1e3 * size else f"{n_bytes / size:.0f} {unit}"
+            )
+    return f"{n_bytes:.0f} B"
+
+
 def process_seconds() -> float:
     """Return the seconds since this process began; 0 where the system does not say."""
     try:

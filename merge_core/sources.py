@@ -8,8 +8,6 @@ from typing import Any
 from merge_core.architecture import Architecture
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError
-from merge_core.residence import Residence, available_host_bytes
-from merge_core.statistics import StatisticsCache
 
 # A search has one structure, or a few where layer ranges or models are searched too.
 _MAX_STRUCTURES = 32
@@ -24,6 +22,10 @@ class Sources:
     """
 
     def __init__(self, keep: bool = False) -> None:
+        # Not before: torch takes a second to import, and who reads a search file needs none.
+        from merge_core.residence import Residence, available_host_bytes
+        from merge_core.statistics import StatisticsCache
+
         self.keeps = keep
         self.residence = Residence(keep)
         self._architectures: dict[str, Architecture] = {}

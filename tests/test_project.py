@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,13 @@ def test_no_module_imports_in_a_circle() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_no_torch_before_a_model_is_opened() -> None:
+    """It takes a second and 120 MB; commands that only read a record need none."""
+    code = "import sys, evolve.loop, evolve.workers.ray; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_the_readmes_map_names_every_module() -> None:

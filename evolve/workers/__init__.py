@@ -12,6 +12,19 @@ from evolve.memory import Memory
 from evolve.workers.worker import Job, Result
 
 
+class Evaluates(Protocol):
+    """What a pool needs of a worker; see `evolve.workers.worker.Worker`."""
+
+    def evaluate(self, job: Job) -> Result:
+        """Evaluate one job; a candidate's failure is part of the result, never raised."""
+
+    def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
+        """Measure this process."""
+
+    def close(self) -> None:
+        """Stop the engine."""
+
+
 class Pool(Protocol):
     """Evaluates jobs, several at a time."""
 

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from evolve.memory import Memory
-from evolve.workers.worker import Job, Result, Worker
+from evolve.workers import Evaluates
+from evolve.workers.worker import Job, Result
 
 
 class LocalPool:
@@ -14,7 +15,7 @@ class LocalPool:
 
     size = 1
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Evaluates) -> None:
         self._worker = worker
         self._jobs: deque[Job] = deque()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,26 +17,33 @@ import ray
 
 from evolve.errors import SearchFileError, TrialWorkerError
 from evolve.memory import Memory
-from evolve.workers.worker import Job, Result, Worker, WorkerSetup
+from evolve.workers import Evaluates
+from evolve.workers.worker import Job, Result
 
 MAX_RETRIES = 2
+# What torch takes its number of threads from; either may stand in the environment already.
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class RayPool:
     """`size` workers in processes of their own.
 
     Args:
-        setup: what each worker starts with.
+        start: makes a worker, in the actor's process; picklable.
         size: how many workers.
         gpus_per_worker: GPUs each one gets.
         address: an existing cluster's, or None to start one here.
     """
 
     def __init__(
-        self, setup: WorkerSetup, size: int, gpus_per_worker: float = 0, address: str | None = None
+        self,
+        start: Callable[[], Evaluates],
+        size: int,
+        gpus_per_worker: float = 0,
+        address: str | None = None,
     ) -> None:
         self.size = size
-        self._setup = setup
+        self._make = start
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
@@ -63,13 +70,13 @@ class RayPool:
             num_cpus=cpus,
             num_gpus=gpus_per_worker,
             max_restarts=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cpus)}},
+            runtime_env={"env_vars": dict.fromkeys(_THREADS, str(cpus))},
         )(_Actor)
         self._free = [self._start() for _ in range(size)]
         self._pending: dict[Any, tuple[Job, Any, int]] = {}
 
     def _start(self) -> Any:
-        return self._actor_class.remote(self._setup, os.getcwd())
+        return self._actor_class.remote(self._make, os.getcwd())
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure the first worker; the others hold as much again."""
@@ -126,16 +133,13 @@ def _could_not_start(error: Exception) -> TrialWorkerError:
 
 
 class _Actor:
-    """The actor's body: a Worker with the threads its cores allow."""
+    """The actor's body: a worker in the driver's working directory."""
 
-    def __init__(self, setup: WorkerSetup, working_directory: str) -> None:
+    def __init__(self, start: Callable[[], Evaluates], working_directory: str) -> None:
         os.chdir(working_directory)
-        import torch
-
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self._fault: SearchFileError | None = None
         try:
-            self._worker = Worker(setup)
+            self._worker = start()
         except SearchFileError as error:  # told when it is asked: a dead actor loses the text
             self._fault = error
 

@@ -12,8 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from merge_core.errors import OutputError, ResourceError
-from merge_core.estimate import Estimate, estimate, in_units
-from merge_core.machine import disk_seconds, memory_left, nameless_file, nearest_folder, private_bytes
+from merge_core.estimate import Estimate, estimate
+from merge_core.machine import (
+    disk_seconds,
+    in_units,
+    memory_left,
+    nameless_file,
+    nearest_folder,
+    private_bytes,
+)
 from merge_core.merge import save_merged
 from merge_core.plan import Sources
 from merge_core.recipe import Recipe
