@@ -36,7 +36,7 @@ class Sampler(Protocol):
             number: the trial's number in the study, from 0.
             trials: all trials so far, by number; finished ones carry "told", the order in which
                 they were told. Values are maximised; a trial lacks the parameters that its recipe
-                does not read.
+                does not read. From call to call the record only grows.
             attempt: counts the proposals for this trial that were turned down.
         """
 

@@ -11,6 +11,7 @@ A run that has converged is followed by one of twice the population from a point
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -73,16 +74,16 @@ class CmaSampler:
         self.popsize = popsize or 4 + math.floor(3 * math.log(len(space.variables)))
         self._run = 0
         self._generation = 0
+        self._record = _Record()
         self._drawn: set[tuple[int, int]] = set()
         self._mean: int | None = None
         self._strategy: Strategy | None = None
 
     def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
         """Propose trial `number`, see Sampler."""
-        own = [trial for trial in trials if "cma" in trial.user_attrs]
-        strategy = self._caught_up(trials, own)
-        place = (self._run, self._generation)
-        index = sum((t.user_attrs["cma"]["run"], t.user_attrs["cma"]["generation"]) == place for t in own)
+        self._record.read(trials)
+        strategy = self._caught_up(trials)
+        index = len(self._record.draws[self._run, self._generation])
         vector = strategy.ask(self._rng(index, attempt))
         self._drawn.add((index, attempt))
         record = {
@@ -98,30 +99,29 @@ class CmaSampler:
     def _rng(self, index: int, attempt: int = 0) -> np.random.RandomState:
         return derived_rng(self._seed, self._run, self._generation, index, attempt)
 
-    def _caught_up(self, trials: Sequence[FrozenTrial], own: Sequence[FrozenTrial]) -> Strategy:
+    def _caught_up(self, trials: Sequence[FrozenTrial]) -> Strategy:
         """Bring the strategy to the state that the recorded trials imply.
 
         Draws are repeated as well as tells, since pycma remembers the points it drew; in a process
         that proposed them itself there is nothing to repeat.
         """
         if self._strategy is None:
-            self._mean = own[0].user_attrs["cma"]["mean"] if own else _best(trials)
+            first = self._record.first
+            self._mean = _best(trials) if first is None else first["mean"]
             params = {} if self._mean is None else trials[self._mean].params
             values = {**self._space.starts(), **params}
             start = np.array([v.to_unit(values[v.name]) for v in self._space.variables])
             self._strategy = self._begin(start)
-        # A trial killed while it was told carries "told" too, but is not told before it is finished.
-        told = [trial for trial in own if trial.state.is_finished() and "told" in trial.user_attrs]
-        told.sort(key=lambda trial: int(trial.user_attrs["told"]))
         while True:
-            for trial in own:
-                self._repeat(self._strategy, trial.user_attrs["cma"])
+            for draw in self._record.draws[self._run, self._generation]:
+                if draw not in self._drawn:
+                    self._drawn.add(draw)
+                    self._strategy.ask(self._rng(*draw))
             # What was drawn in a run before comes too late for this one.
-            batch = [t for t in told if t.user_attrs["cma"]["run"] == self._run]
-            batch = batch[self._generation * self._strategy.popsize :][: self._strategy.popsize]
+            batch = self._record.told[self._run][self._generation * self._strategy.popsize :]
             if len(batch) < self._strategy.popsize:
                 return self._strategy
-            self._tell(self._strategy, batch)
+            self._tell(self._strategy, batch[: self._strategy.popsize])
             self._generation += 1
             self._drawn.clear()
             if self._strategy.has_converged:
@@ -143,20 +143,47 @@ class CmaSampler:
         start = np.clip(start, 0.02, 0.98)
         return kind(variables, start, self.popsize << self._run, self._sigma0, TOLERANCE)
 
-    def _repeat(self, strategy: Strategy, record: dict[str, Any]) -> None:
-        if (record["run"], record["generation"]) != (self._run, self._generation):
-            return
-        draw = (record["index"], record["attempt"])
-        if draw not in self._drawn:
-            self._drawn.add(draw)
-            strategy.ask(self._rng(*draw))
-
     def _tell(self, strategy: Strategy, batch: Sequence[FrozenTrial]) -> None:
         """Tell one generation; a generation that failed whole says nothing."""
         if any(trial.state == TrialState.COMPLETE for trial in batch):
             vectors = [np.array(trial.user_attrs["cma"]["vector"]) for trial in batch]
             # pycma draws when it rescales points from an earlier generation.
             strategy.tell(vectors, losses(batch), self._rng(_TELLING))
+
+
+class _Record:
+    """What the sampler's own trials say; each trial is read once when it is there, once when told.
+
+    Attributes:
+        first: the record of the first of them.
+        draws: (index, attempt) of every candidate by (run, generation) it was drawn in.
+        told: the trials told, in that order, by the run they were drawn in.
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[str, Any] | None = None
+        self.draws: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        self.told: defaultdict[int, list[FrozenTrial]] = defaultdict(list)
+        self._n_read = 0
+        self._running: list[int] = []
+
+    def read(self, trials: Sequence[FrozenTrial]) -> None:
+        """Take up what is new since the last call."""
+        for place in range(self._n_read, len(trials)):
+            if record := trials[place].user_attrs.get("cma"):
+                self.first = self.first or record
+                draw = (record["index"], record["attempt"])
+                self.draws[record["run"], record["generation"]].append(draw)
+                self._running.append(place)
+        self._n_read = len(trials)
+        # A trial killed while it was told carries "told" too, but is not told before it is finished.
+        running = [trials[place] for place in self._running]
+        told = [t for t in running if t.state.is_finished() and "told" in t.user_attrs]
+        for trial in sorted(told, key=lambda trial: int(trial.user_attrs["told"])):
+            self.told[trial.user_attrs["cma"]["run"]].append(trial)
+        self._running = [
+            p for p, t in zip(self._running, running, strict=True) if not t.state.is_finished()
+        ]
 
 
 def losses(batch: Sequence[FrozenTrial]) -> list[float]:

@@ -46,20 +46,21 @@ class Proposer:
         self._sampler = sampler
         self._known = known
         self._seed = seed
-        self._seen: list[tuple[Value, ...]] = []
+        self._seen: set[tuple[Value, ...]] = set()
+        self._n_read = 0
         self.ending: str | None = None
 
     def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal | None:
         """Propose trial `number`, see Sampler, in active values; None where no candidate is left."""
-        self._seen += [self._key(trial.params) for trial in trials[len(self._seen) :]]
-        seen = set(self._seen)
+        self._seen.update(self._key(trial.params) for trial in trials[self._n_read :])
+        self._n_read = len(trials)
         for proposal in self._proposals(number, trials):
-            if self._key(proposal.values) not in seen and self._is_valid(proposal):
+            if self._key(proposal.values) not in self._seen and self._is_valid(proposal):
                 return proposal
         self.ending = (
-            f"all {len(seen)} candidates of the space are scored"
+            f"all {len(self._seen)} candidates of the space are scored"
             if self._is_countable
-            else f"beside the {len(seen)} candidates that are scored no other was found"
+            else f"beside the {len(self._seen)} candidates that are scored no other was found"
         )
         return None
 

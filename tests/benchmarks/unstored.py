@@ -57,6 +57,7 @@ def search(
     distributions = space.distributions()
     proposer: Proposer | None = None
     n_told = 0
+    waiting: list[FrozenTrial] = []
 
     def tell(trial: FrozenTrial) -> None:
         nonlocal n_told
@@ -74,14 +75,13 @@ def search(
         if proposal is None:
             break
         trials.append(running(number, proposal, distributions))
-        waiting = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        waiting.append(trials[-1])
         if len(waiting) > pending:
-            tell(waiting[min(1, pending)])
+            tell(waiting.pop(min(1, pending)))
             if until(trials[-1]):
                 break
-    for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            tell(trial)
+    for trial in waiting:
+        tell(trial)
     return trials
 
 

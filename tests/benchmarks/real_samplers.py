@@ -1,0 +1,110 @@
+"""Samplers compared on real models: a search a sampler and seed, winners on the full holdout.
+
+    python tests/benchmarks/real_samplers.py TESTBED [--n 120] [--seeds 0 1]
+
+TIES on the testbed's 135M models, a weight and a density for each of 2 models in 3 layer groups
+(12 variables). Arms score every search document by metric; the winner's holdout score is the
+sum over the tasks. Differences are of `auto` minus the arm, paired by document, with 95% intervals.
+
+- `auto`, `random`: the product's own samplers, with known recipes first.
+- `mergekit-evolve`: pycma set up as mergekit-evolve does it: start 1/M and density 1, sigma 1/6, no
+  bounds, values folded into the ranges, the first best candidate wins.
+- `default`: `sampler`, `signal` and `racing` all `auto`, as a search file that names none has them.
+
+With `--folder DIR` searches stay there, and those of the product go on when it is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import cma
+import numpy as np
+from signals import scored, testbed_case
+
+from evolve.intervals import gain_interval
+from evolve.loop import Workers, run, start_pool
+from evolve.plan import Plan, make_plan
+from evolve.search_file import SearchFile
+from evolve.space import Value
+from evolve.tasks import Outcomes
+from evolve.workers import Pool
+
+ARMS = ("auto", "random", "mergekit-evolve", "default")
+
+
+def winner(arm: str, file: SearchFile, plan: Plan, pool: Pool, folder: Path) -> dict[str, Value]:
+    """Return the values of an arm's winner."""
+    if arm == "mergekit-evolve":
+        return like_mergekit_evolve(file, plan, pool)
+    search = {"sampler": arm, "signal": "metric", "racing": "none"}
+    if arm == "default":
+        search = dict.fromkeys(search, "auto")
+    best = run(file.changed(search=search), folder=folder).study.best()
+    assert best is not None
+    return dict(best.params)
+
+
+def like_mergekit_evolve(file: SearchFile, plan: Plan, pool: Pool) -> dict[str, Value]:
+    """Search with pycma as mergekit-evolve sets it up."""
+    variables = plan.space.variables
+    start = [1.0 if "density" in v.name else 1 / 2 for v in variables]
+    rng = np.random.RandomState(file.search.seed)
+    options = {"randn": rng.randn, "seed": np.nan, "verbose": -9, "verb_log": 0}
+    strategy = cma.CMAEvolutionStrategy(start, 1 / 6, options)
+    best, found, told = -math.inf, dict[str, Value](), 0
+    while told < file.search.n_iterations:
+        vectors, losses = strategy.ask(), []
+        for vector in vectors[: file.search.n_iterations - told]:
+            values: dict[str, Value] = {
+                v.name: float(np.clip(abs(x), v.low, v.high)) if "density" in v.name else float(abs(x))
+                for v, x in zip(variables, vector, strict=True)
+            }
+            told += 1
+            value = plan.tasks.objective(plan.tasks.scores(scored(plan, pool, values, "search")))
+            losses.append(-value)
+            if value > best:
+                best, found = value, values
+        if len(losses) == len(vectors):
+            strategy.tell(vectors, losses)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the searches and print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("testbed", type=Path, metavar="TESTBED")
+    parser.add_argument("--n", type=int, default=120, help="candidates a search")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--folder", type=Path, help="where the searches stay; default: a new one")
+    given = parser.parse_args(arguments)
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="samplers-"))
+    for seed in given.seeds:
+        file = testbed_case(given.testbed.resolve()).changed(
+            search={"n_iterations": given.n, "seed": seed}
+        )
+        plan = make_plan(file.changed(search={"signal": "metric", "racing": "none"}))
+        holdout: dict[str, Outcomes] = {}
+        for arm in given.arms:
+            pool = start_pool(plan, Workers())
+            try:
+                values = winner(arm, file, plan, pool, folder / f"{arm}-{seed}")
+                holdout[arm] = scored(plan, pool, values, "holdout")
+            finally:
+                pool.close()
+            scores = plan.tasks.scores(holdout[arm])
+            line = f"seed {seed} {arm:16} sum {plan.tasks.objective(scores):.3f}"
+            line += "".join(f"  {task} {score:.3f}" for task, score in scores.items())
+            if "auto" in holdout and arm != "auto":
+                gain = gain_interval(plan.tasks, holdout["auto"], holdout[arm])
+                line += f"  auto minus it {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
