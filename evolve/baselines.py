@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import locate
 from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
-from merge_core.plan import donor, model_alone
+from merge_core.plan import model_alone, origin
 from merge_core.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def baseline_jobs(
         recipe = Recipe.parse(
             {
                 "merge_method": "linear",
-                "base_model": donor(start),
+                "base_model": origin(start),
                 "models": [{"model": model, "parameters": {"weight": 1.0}} for model in averaged],
                 "dtype": start.dtype,
                 "out_dtype": start.out_dtype,

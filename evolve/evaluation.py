@@ -18,7 +18,7 @@ from evolve.tasks import SPLITS, Outcomes, TaskSet, reference_faults
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
 from merge_core.errors import CheckpointError, RecipeError, nearest
-from merge_core.plan import Sources, donor, merged_config, model_alone, plan_merge
+from merge_core.plan import Sources, merged_config, model_alone, origin, plan_merge
 from merge_core.recipe import Recipe, load_yaml
 
 
@@ -100,7 +100,7 @@ def evaluate_models(
 
     setups = {}
     for name, recipe in recipes.items():
-        reference = donor(recipe)
+        reference = origin(recipe)
         setups[name] = WorkerSetup(
             backend=backend,
             engine=EngineSettings(
@@ -266,7 +266,7 @@ def _baselines(recipes: Mapping[str, Recipe], dtype: str | None) -> dict[str, Re
     for name, recipe in recipes.items():
         if len(recipe.references()) < 2:
             continue
-        *alone, average, _ = baseline_jobs(recipe, Prompting(donor(recipe), False))
+        *alone, average, _ = baseline_jobs(recipe, Prompting(origin(recipe), False))
         found |= {job.name: _in_dtype(job.recipe, dtype) for job in alone if job.name not in recipes}
         if average.recipe not in averages:
             averages.append(average.recipe)

@@ -122,6 +122,8 @@ def export_yaml(
 def mergekit_notes(recipe: Recipe) -> list[str]:
     """Say where mergekit would make another model of this recipe, or none."""
     notes = []
+    if recipe.intermediate:
+        notes.append("mergekit reads several documents with `mergekit-multi`")
     parts = [(part, METHODS[part.method]) for part in recipe.parts() if part.method]
     for name in dict.fromkeys(method.name for _, method in parts if method.is_random):
         notes.append(

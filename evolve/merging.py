@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,6 +46,10 @@ def merge(
     check: Annotated[
         bool, Flag("--check", help="check everything, foretell disk, memory and time; write nothing")
     ] = False,
+    intermediate_dir: Annotated[
+        Path | None,
+        Flag("--intermediate-dir", "-I", help="write the results of named documents too", metavar="DIR"),
+    ] = None,
     push_to_hub: Annotated[
         str | None, Flag(help="upload OUT to this Hub repository as well", metavar="REPO")
     ] = None,
@@ -120,8 +124,15 @@ def merge(
     data = load_yaml(recipe)
     if isinstance(data, dict) and random_seed is not None:
         data["random_seed"] = random_seed
+        data["intermediate"] = {
+            name: {**document, "random_seed": random_seed}
+            for name, document in data.get("intermediate", {}).items()
+        }
     parsed = Recipe.parse(data, strict)
     check_output(out, overwrite)
+    results = _results(parsed, intermediate_dir)
+    for folder in results:
+        check_output(folder, overwrite)
     if push_to_hub:
         from evolve.hub import check_push
 
@@ -133,9 +144,9 @@ def merge(
     from merge_core.estimate import estimate
     from merge_core.machine import give_back_freed_memory
     from merge_core.merge import save_merged
-    from merge_core.plan import Sources, donor, plan_merge
+    from merge_core.plan import Sources, origin, plan_merge
 
-    plan_options = {
+    plan_options: dict[str, Any] = {
         "allow_crimes": allow_crimes,
         "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
     }
@@ -150,7 +161,7 @@ def merge(
     plan = plan_merge(parsed, sources, **plan_options)
     for warning in (*parsed.check()[1], *plan.warnings):
         say(f"warning: {warning}")
-    folder = sources.architecture(donor(parsed)).checkpoint.folder
+    folder = sources.architecture(origin(parsed)).checkpoint.folder
     if copy_tokenizer and not has_tokenizer(folder):
         say(f"warning: {folder} has no tokenizer files; the merged model will have none")
     if verbose:
@@ -172,6 +183,19 @@ def merge(
     if check:
         print("the merge can begin")
         return
+    for folder, result in results.items():
+        save_merged(
+            result,
+            folder,
+            sources=sources,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            with_tokenizer=copy_tokenizer,
+            with_card=write_model_card,
+            device=device,
+            **plan_options,
+        )
+        print(f"wrote {folder}")
     text = recipe.read_text(encoding="utf-8")
     if random_seed is not None:  # another recipe than the file's, about which the same is to be known
         text = "".join(f"# {NOTICE}{notice}\n" for notice in head_notices(text)) + parsed.to_yaml()
@@ -197,6 +221,17 @@ def merge(
         from evolve.hub import push
 
         print(f"pushed to {push(out, push_to_hub, private)}")
+
+
+def _results(recipe: Recipe, folder: Path | None) -> dict[Path, Recipe]:
+    """List the intermediate results that are to be written, and where."""
+    if folder is None:
+        return {}
+    if not recipe.intermediate:
+        raise RecipeError(
+            f"--intermediate-dir is {folder}, and the recipe has no named documents; leave it out"
+        )
+    return {folder / name: recipe.result(name) for name in recipe.results()}
 
 
 def _bytes(option: str, text: str) -> int:

@@ -22,7 +22,7 @@ from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Prompting, WorkerSetup
 from merge_core.checkpoint.write import has_tokenizer
 from merge_core.errors import CheckpointError, MergeError
-from merge_core.plan import Sources, donor, merged_config, plan_merge
+from merge_core.plan import Sources, merged_config, origin, plan_merge
 from merge_core.recipe import Recipe
 
 
@@ -103,7 +103,7 @@ class Plan:
     def n_layers(self) -> int:
         """Layers of which groups are made: the donor's, or those of a genome's first model."""
         space = self.space
-        model = space.genome.models[0] if isinstance(space, GenomeSpace) else donor(self.start)
+        model = space.genome.models[0] if isinstance(space, GenomeSpace) else origin(self.start)
         return self.sources.architecture(model).n_layers
 
     def references(self) -> list[str]:
@@ -196,7 +196,7 @@ def make_plan(
         except SearchFileError as error:
             faults += error.faults
     if not faults:  # a signal at fault is told above
-        faults += constraint_faults(search_file.search, sets[0], start.base_model)
+        faults += constraint_faults(search_file.search, sets[0], _base_on_disk(start))
         faults += [fault for tasks in sets for fault in reference_faults(tasks.tasks, start, sources)]
     if faults:
         raise SearchFileError(faults)
@@ -204,7 +204,7 @@ def make_plan(
     notes = [*space.notes, *tasks.notes]
     if not tasks.has_holdout:
         search_file = search_file.changed(scoring={"holdout": 0.0})
-    reference = donor(start)
+    reference = origin(start)
     setup = WorkerSetup(
         backend=backend,
         engine=EngineSettings(
@@ -226,6 +226,11 @@ def make_plan(
     return Plan(search_file, space, tasks, sources, start, setup, why, known, tuple(notes), *reported)
 
 
+def _base_on_disk(recipe: Recipe) -> str | None:
+    """Name the base that is also a baseline: one that no recipe has to make first."""
+    return None if recipe.base_model in recipe.intermediate else recipe.base_model
+
+
 def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:
     faults: list[str] = []
     references = space.references()
@@ -237,7 +242,7 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
     config: dict[str, Any] = {}
     donors: dict[str, None] = {}
     for recipe in space.examples():
-        donors[donor(recipe)] = None
+        donors[origin(recipe)] = None
         try:
             plan_merge(recipe, sources)
             config = config or merged_config(recipe, sources)
@@ -245,16 +250,17 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
             faults += error.faults
     if faults:
         return list(dict.fromkeys(faults))
-    folder = sources.architecture(donor(start)).checkpoint.folder
+    folder = sources.architecture(origin(start)).checkpoint.folder
     if not has_tokenizer(folder):
         faults.append(
-            f"model {donor(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
+            f"model {origin(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
         )
     faults += [
         f"model {other!r} gives some candidates their tokenizer, which is another than that of "
-        f"{donor(start)!r}, and requests are built once; fix base_model, or use models with one tokenizer"
+        f"{origin(start)!r}, and requests are built once; fix base_model, or use models with one "
+        f"tokenizer"
         for other in donors
-        if not same_prompts(Prompting(donor(start), False), Prompting(other, False))
+        if not same_prompts(Prompting(origin(start), False), Prompting(other, False))
     ]
     kind = config.get("model_type")
     if not kind and "auto_map" not in config:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evolve.errors import SearchFileError
@@ -20,8 +19,9 @@ from evolve.genome import GenomeSpace
 from evolve.mergekit_file import MergekitFile, in_our_words
 from evolve.space import SearchSpace, Space
 from merge_core.errors import RecipeError, nearest, schema_faults
-from merge_core.plan import donor
+from merge_core.plan import origin
 from merge_core.recipe import Recipe, load_yaml
+from merge_core.recipe_yaml import dump_yaml
 
 Signal = Literal["metric", "likelihood", "both"]
 SECTIONS = ("tasks", "report_only", "search", "scoring")
@@ -365,7 +365,7 @@ class SearchFile:
 
         def of_the_merge() -> int:
             plain = Space(self.template)
-            return n_layers(donor(plain.recipe(plain.starts())))
+            return n_layers(origin(plain.recipe(plain.starts())))
 
         return Space(self.template, self.search.layer_granularity, of_the_merge)
 
@@ -395,4 +395,4 @@ class SearchFile:
 
     def to_yaml(self) -> str:
         """Return the resolved file as YAML text."""
-        return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=99)
+        return dump_yaml(self.as_dict())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merge_core.methods import METHODS
-from merge_core.plan import Planned, Sources, donor
+from merge_core.plan import MergePlan, Sources, origin
 from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ _SHOWN = 4
 def model_card(
     recipe: Recipe,
     sources: Sources,
-    plan: Sequence[Planned],
+    plan: MergePlan,
     title: str,
     recipe_text: str,
 ) -> str:
@@ -57,9 +56,9 @@ def model_card(
         "tags": ["mergekit", "merge"],
         **_merged_license(stated),
     }
-    methods = [METHODS[name] for name in dict.fromkeys(planned.method for planned in plan)]
+    methods = [METHODS[name] for name in plan.methods()]
     names = ", ".join(f"[{m.name}]({m.source})" if m.source else m.name for m in methods)
-    base = f" with {_linked(recipe.base_model)} as base" if recipe.base_model else ""
+    base = f" with {_linked(recipe.base_model, recipe)} as base" if recipe.base_model else ""
     fence = "```" if "```" not in recipe_text else "~~~~~~"
     sections = [
         f"# {title}",
@@ -91,8 +90,9 @@ def hub_ids(reference: str) -> list[str]:
     return [part.partition("@")[0] for part in parts]
 
 
-def _linked(reference: str) -> str:
-    ids = hub_ids(reference)
+def _linked(reference: str, recipe: Recipe | None = None) -> str:
+    is_result = recipe is not None and reference in recipe.intermediate
+    ids = [] if is_result else hub_ids(reference)
     return f"[{reference}](https://huggingface.co/{ids[0]})" if ids else f"`{reference}`"
 
 
@@ -157,13 +157,9 @@ def _license_text(stated: Mapping[str, Mapping[str, str]]) -> str:
     return f"The models state different things, each of which holds for its part: {each}."
 
 
-def _left_out(recipe: Recipe, sources: Sources, plan: Sequence[Planned]) -> list[str]:
+def _left_out(recipe: Recipe, sources: Sources, plan: MergePlan) -> list[str]:
     """Say what of the sources is not in the merge, one line each."""
-    used = {
-        (entry.model, entry.name)
-        for planned in plan
-        for entry in (*planned.inputs, *((planned.base,) if planned.base else ()))
-    }
+    used = plan.read()
     lines = []
     for reference in recipe.references():
         tensors = sources.architecture(reference).checkpoint.tensors
@@ -174,7 +170,7 @@ def _left_out(recipe: Recipe, sources: Sources, plan: Sequence[Planned]) -> list
             lines.append(f"{len(unused)} tensors of {_linked(reference)}: {shown}{more}")
     lines += [f"ignored: {warning}" for warning in recipe.check()[1]]
     if len(recipe.references()) > 1:
-        lines.append(f"config and tokenizer of every model but {_linked(donor(recipe))}")
+        lines.append(f"config and tokenizer of every model but {_linked(origin(recipe))}")
     return lines or ["nothing"]
 
 

@@ -21,7 +21,6 @@ import torch
 
 from merge_core.architecture import Architecture
 from merge_core.checkpoint.read import Checkpoint, TensorInfo, split_layer
-from merge_core.checkpoint.safetensors_file import ITEM_BYTES
 from merge_core.checkpoint.write import DEFAULT_SHARD_BYTES, TEMPLATE_FILES, TOKENIZER_FILES
 from merge_core.errors import ResourceError
 from merge_core.machine import (
@@ -33,7 +32,7 @@ from merge_core.machine import (
     private_bytes,
 )
 from merge_core.merge import AHEAD_BYTES, merged_tensors, pays_to_compile
-from merge_core.plan import Planned, Sources, donor, merged_config, plan_merge
+from merge_core.plan import MergePlan, Planned, Sources, merged_config, origin, plan_merge
 from merge_core.recipe import Recipe
 
 # The last, longest pass over the sample takes about this long.
@@ -117,7 +116,7 @@ def estimate(
     place = nearest_folder(Path(folder))
     device = torch.device(device)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    model = sources.architecture(donor(recipe)).checkpoint
+    model = sources.architecture(origin(recipe)).checkpoint
     sizes = [planned.n_bytes for planned in plan]
     write_bytes = sum(sizes) + _other_bytes(recipe, sources, plan, sizes, shard_bytes, with_tokenizer)
     free_bytes = shutil.disk_usage(place).free
@@ -138,20 +137,23 @@ def estimate(
         read_bytes=_read_bytes(plan, sources),
         write_bytes=write_bytes,
         free_bytes=free_bytes,
-        memory_bytes=own_bytes + _in_flight(sizes, n_threads),
+        memory_bytes=own_bytes + _in_flight(sizes, n_threads) + n_threads * _intermediate(plan),
         available_bytes=None if left is None else left + private_bytes(),
         seconds=seconds,
     )
 
 
-def _read_bytes(plan: Sequence[Planned], sources: Sources) -> int:
-    read: dict[tuple[str, str], int] = {}
-    for planned in plan:
-        for entry in planned.all_inputs:
-            info = sources.architecture(entry.model).info(entry.name)
-            if info is not None:
-                read[entry.model, entry.name] = math.prod(info.shape) * ITEM_BYTES[info.dtype]
-    return sum(read.values())
+def _read_bytes(plan: MergePlan, sources: Sources) -> int:
+    infos = (sources.architecture(model).info(name) for model, name in plan.read())
+    return sum(info.n_bytes for info in infos if info is not None)
+
+
+def _intermediate(plan: MergePlan) -> int:
+    """Most bytes of intermediate tensors that one thread holds for an output tensor."""
+    return sum(
+        max(planned.n_bytes for planned in inner) + _intermediate(inner)
+        for inner in plan.results.values()
+    )
 
 
 def _other_bytes(
@@ -179,7 +181,7 @@ def _other_bytes(
         total += len(json.dumps(dict.fromkeys(header, "model-00001-of-00001.safetensors"), indent=2))
     total += len(json.dumps(merged_config(recipe, sources), indent=2))
     if with_tokenizer:
-        folder = sources.architecture(donor(recipe)).checkpoint.folder
+        folder = sources.architecture(origin(recipe)).checkpoint.folder
         files = [folder / file for file in (*TOKENIZER_FILES, *TEMPLATE_FILES)]
         total += sum(file.stat().st_size for file in files if file.is_file())
     return total
@@ -228,6 +230,8 @@ class _SampleSources(Sources):
         self._cut: dict[str, Architecture] = {}
 
     def architecture(self, reference: str) -> Architecture:
+        if reference in self._recipes:
+            return super().architecture(reference)
         if reference not in self._cut:
             part = self._cut[reference] = copy.copy(self._whole.architecture(reference))
             part.checkpoint = _Rows(part.checkpoint, self._n_entries)

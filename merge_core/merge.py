@@ -31,7 +31,7 @@ from merge_core.errors import CheckpointError
 from merge_core.methods import METHODS, Parameter
 from merge_core.methods.job import Source, TensorJob
 from merge_core.parameters import look_up
-from merge_core.plan import Input, Planned, Sources, donor, merged_config, plan_merge
+from merge_core.plan import Input, Planned, Sources, merged_config, origin, plan_merge
 from merge_core.randomness import MaskKey
 from merge_core.recipe import Recipe
 
@@ -80,6 +80,7 @@ def merged_tensors(
     """
     sources = sources or Sources()
     plan = plan_merge(recipe, sources, **plan_options)
+    sources = sources.within(recipe, **plan_options)
     wanted = [planned for planned in plan if names is None or planned.name in names]
     return _stream(recipe, sources, wanted, torch.device(device), compiles, into)
 
@@ -100,13 +101,13 @@ def _stream(
 ) -> Iterator[tuple[str, Tensor]]:
     if compiles is None:
         compiles = pays_to_compile(wanted, sources)
-    merger = _Merger(recipe, sources, device, compiles, into or {})
+    merger = Merger(recipe, sources, device, compiles, into or {})
     merger.announce(wanted)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
     return _in_parallel(wanted, merger, n_threads)
 
 
-def _in_parallel(wanted: list[Planned], merger: _Merger, n_threads: int) -> Iterator[tuple[str, Tensor]]:
+def _in_parallel(wanted: list[Planned], merger: Merger, n_threads: int) -> Iterator[tuple[str, Tensor]]:
     """Merge a few tensors ahead, each on one thread, and hand them out in order.
 
     One tensor a thread is twice as fast here as one operation on all threads, whose barriers cost
@@ -134,7 +135,7 @@ def _in_parallel(wanted: list[Planned], merger: _Merger, n_threads: int) -> Iter
                 future.cancel()
 
 
-class _Merger:
+class Merger:
     """Makes planned tensors out of the sources'."""
 
     def __init__(
@@ -206,7 +207,7 @@ class _Merger:
             for name, parameter in per_model.items()
         }
         key = MaskKey(self._recipe.random_seed, entry.model, entry.occurrence, planned.name)
-        return Source(tensor, parameters, key, entry.model, entry.name)
+        return Source(tensor, parameters, key, self._stored(entry)[0].identity, entry.name)
 
     def _copied(self, planned: Planned) -> Tensor:
         """Return an integer or boolean buffer, which must be the same in every model."""
@@ -253,7 +254,8 @@ def save_merged(
     text = recipe_text or recipe.to_yaml()
     plan = plan_merge(recipe, sources, **plan_options)
     layout = [(planned.name, planned.dtype, planned.shape) for planned in plan]
-    stream = _stream(recipe, sources, list(plan), torch.device(device))
+    seen = sources.within(recipe, **plan_options)
+    stream = _stream(recipe, seen, list(plan), torch.device(device))
     with complete_folder(Path(folder), overwrite) as part:
         write_shards(layout, _told(stream, on_tensor), part, shard_bytes)
         config = merged_config(recipe, sources)
@@ -263,7 +265,7 @@ def save_merged(
             card = model_card(recipe, sources, plan, Path(folder).resolve().name, text)
             (part / "README.md").write_text(card, encoding="utf-8")
         if with_tokenizer:
-            copy_tokenizer(sources.architecture(donor(recipe)).checkpoint.folder, part)
+            copy_tokenizer(sources.architecture(origin(recipe)).checkpoint.folder, part)
 
 
 def _told(
@@ -283,7 +285,7 @@ def load_merged(
 
     sources = sources or Sources()
     plan_merge(recipe, sources)
-    folder = sources.architecture(donor(recipe)).checkpoint.folder
+    folder = sources.architecture(origin(recipe)).checkpoint.folder
     model = build_model(merged_config(recipe, sources), folder, device)
     fill(model, merged_tensors(recipe, sources, device=device, into=places(model)))
     return model

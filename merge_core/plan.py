@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 from merge_core.architecture import text_config, with_layers, with_text_config
@@ -29,6 +29,7 @@ __all__ = [
     "donor",
     "merged_config",
     "model_alone",
+    "origin",
     "plan_merge",
 ]
 
@@ -96,7 +97,33 @@ class MergePlan(Sequence[Planned]):
     """The output tensors in the order of the model, and what a user should know of them."""
 
     tensors: tuple[Planned, ...]
-    warnings: tuple[str, ...] = ()
+    own_warnings: tuple[str, ...] = ()
+    results: Mapping[str, MergePlan] = field(default_factory=dict)
+    """Plans of the intermediate results that go into it, by name."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know of these tensors, and of intermediate ones."""
+        inner = [
+            f"intermediate.{name}: {warning}"
+            for name, plan in self.results.items()
+            for warning in plan.warnings
+        ]
+        return (*self.own_warnings, *dict.fromkeys(inner))
+
+    def methods(self) -> list[str]:
+        """List the methods by which tensors are made, intermediate ones included."""
+        inner = [method for plan in self.results.values() for method in plan.methods()]
+        return list(dict.fromkeys([*(planned.method for planned in self.tensors), *inner]))
+
+    def read(self) -> set[tuple[str, str]]:
+        """List the tensors on disk that are read: model and name."""
+        found: set[tuple[str, str]] = set()
+        for planned in self.tensors:
+            for entry in planned.all_inputs:
+                if entry.model not in self.results:
+                    found.add((entry.model, entry.name))
+        return found.union(*(plan.read() for plan in self.results.values()))
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -113,8 +140,13 @@ class MergePlan(Sequence[Planned]):
 
 
 def donor(recipe: Recipe) -> str:
-    """Name the model that config, tokenizer and tensor names come from: the base, or the first."""
-    return recipe.base_model or recipe.references()[0]
+    """Name what config and tensor names come from: the base, or the first model; maybe a result."""
+    return recipe.inputs()[0]
+
+
+def origin(recipe: Recipe) -> str:
+    """Name the model on disk that tokenizer and other files come from: the donor, or the donor's."""
+    return recipe.references()[0]
 
 
 def plan_merge(
@@ -137,6 +169,11 @@ def plan_merge(
         CheckpointError: with the first differing tensors and shapes.
         RecipeError: a required parameter has no value for some tensor, whose name no filter matches.
     """
+    options = {
+        "allow_crimes": allow_crimes,
+        "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
+    }
+    sources = sources.within(recipe, **options)
     faults = sources.open_all(recipe.references())
     if faults:
         raise CheckpointError(faults)
@@ -167,7 +204,7 @@ def plan_merge(
         )
         for wired in wiring.tensors
     )
-    return MergePlan(tensors, wiring.warnings)
+    return MergePlan(tensors, wiring.warnings, sources.plans(recipe.inputs()))
 
 
 def _wiring(parts: Sequence[Part], donor: str, sources: Sources, leniency: Leniency) -> Wiring:
@@ -176,8 +213,10 @@ def _wiring(parts: Sequence[Part], donor: str, sources: Sources, leniency: Lenie
         (part.method, part.base, tuple((source.model, source.layer_range) for source in part.sources))
         for part in parts
     )
+    models = [source.model for part in parts for source in part.sources]
     wiring: Wiring = sources.remembered(
-        (donor, leniency, shape), lambda: wire(parts, donor, sources, leniency)
+        (donor, leniency, shape, sources.structures([donor, *models])),
+        lambda: wire(parts, donor, sources, leniency),
     )
     return wiring
 
@@ -220,6 +259,7 @@ def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
 
     An output head beside a tied donor unties it, and a smaller vocabulary gives its size.
     """
+    sources = sources.within(recipe)
     model = sources.architecture(donor(recipe))
     config = dict(model.checkpoint.config)
     parts = recipe.parts()

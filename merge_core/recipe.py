@@ -6,7 +6,7 @@ without opening a model is checked, and every fault found is reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from pydantic import (
 from merge_core.errors import RecipeError, schema_faults, shown
 from merge_core.methods.parameter import plain_numbers
 from merge_core.parts import Part, parts_of
-from merge_core.recipe_check import Findings, check_recipe
+from merge_core.recipe_check import Findings, check_recipe, intermediate_faults
 from merge_core.recipe_yaml import dump_yaml, load_yaml
 
 __all__ = [
@@ -117,6 +117,7 @@ class Recipe(_Part):
 
     `models:` merges whole models, `slices:` runs of their layers. With both, slices say which
     layers, and the parameters of a model stand just below those of its sources in the slices.
+    `intermediate:` names recipes whose results this one, or each other, uses as models.
     """
 
     merge_method: str | None = None
@@ -129,6 +130,7 @@ class Recipe(_Part):
     out_dtype: Dtype | None = None
     tokenizer_source: Literal["base"] | None = None
     random_seed: int = 0
+    intermediate: dict[str, Recipe] = Field(default_factory=dict)
 
     @field_validator("dtype", "out_dtype", mode="before")
     @classmethod
@@ -181,7 +183,7 @@ class Recipe(_Part):
         try:
             recipe = cls.model_validate(plain)
         except ValidationError as error:
-            faults = schema_faults(error, _known_keys(data.get("modules")))
+            faults = schema_faults(error, _known_keys(data))
             raise RecipeError(refused + faults) from None
         findings = recipe._findings()
         findings.faults[:0] = refused
@@ -216,13 +218,44 @@ class Recipe(_Part):
         """List the methods of the slices, each once, in their order."""
         return list(dict.fromkeys(part.method for part in self.parts() if part.method))
 
-    def references(self) -> list[str]:
-        """List the models the recipe reads, each once, base first, then as written."""
+    def inputs(self) -> list[str]:
+        """List what the recipe itself merges, models and intermediate results: each once, base first."""
         found = [self.base_model] if self.base_model else []
         for part in self.parts():
             found += [part.base] if part.base else []
             found += [source.model for source in part.sources]
         return list(dict.fromkeys(found))
+
+    def references(self) -> list[str]:
+        """List the models on disk that are read, each once, base first, then as written.
+
+        Those of an intermediate result stand in its place.
+        """
+        return list(dict.fromkeys(self._models_of(self, ())))
+
+    def _models_of(self, document: Recipe, within: tuple[str, ...]) -> Iterator[str]:
+        for name in document.inputs():
+            if name not in self.intermediate:
+                yield name
+            elif name not in within:
+                yield from self._models_of(self.intermediate[name], (*within, name))
+
+    def results(self) -> dict[str, Recipe]:
+        """Return the intermediate recipes that are used, each after those that it uses."""
+        found: dict[str, Recipe] = {}
+
+        def add(document: Recipe) -> None:
+            for name in document.inputs():
+                if name in self.intermediate and name not in found:
+                    add(self.intermediate[name])
+                    found[name] = self.intermediate[name]
+
+        add(self)
+        return found
+
+    def result(self, name: str) -> Recipe:
+        """Return the recipe of an intermediate result as one of its own, with what it uses."""
+        return self.intermediate[name].model_copy(update={"intermediate": self.intermediate})
 
     def check(self) -> tuple[list[str], list[str]]:
         """Check methods, parameters and model counts.
@@ -235,7 +268,18 @@ class Recipe(_Part):
         return findings.faults, findings.unread + findings.notes
 
     def _findings(self) -> Findings:
-        return check_recipe(self, self.parts())
+        found = check_recipe(self, self.parts())
+        for name, document in self.intermediate.items():
+            found.add(check_recipe(document, document.parts()), f"intermediate.{name}.")
+        found.faults += intermediate_faults(self)
+        used = {name for document in (self, *self.intermediate.values()) for name in document.inputs()}
+        found.notes += [
+            f"intermediate.{name} is used by no other recipe and is not merged; remove it, or name it "
+            f"where a model may stand"
+            for name in self.intermediate
+            if name not in used
+        ]
+        return found
 
 
 KNOWN_KEYS: dict[str, Iterable[str]] = {
@@ -246,10 +290,18 @@ KNOWN_KEYS: dict[str, Iterable[str]] = {
 }
 
 
-def _known_keys(modules: Any) -> dict[str, Iterable[str]]:
-    """Say which keys exist at each place, those below the modules' own names included."""
+def _known_keys(data: Mapping[str, Any]) -> dict[str, Iterable[str]]:
+    """Say which keys exist at each place, those below the recipe's own names included."""
     known = dict(KNOWN_KEYS)
-    for name in modules if isinstance(modules, Mapping) else ():
+    for name in _names(data.get("modules")):
         known[f"modules.{name}"] = ModuleEntry.model_fields
         known |= {f"modules.{name}.{place}": keys for place, keys in KNOWN_KEYS.items() if place}
+    for name in _names(data.get("intermediate")):
+        inner = _known_keys(data["intermediate"][name])
+        known |= {f"intermediate.{name}.{place}".rstrip("."): keys for place, keys in inner.items()}
     return known
+
+
+def _names(node: Any) -> list[str]:
+    entries = node.items() if isinstance(node, Mapping) else ()
+    return [name for name, part in entries if isinstance(part, Mapping)]

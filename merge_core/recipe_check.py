@@ -29,6 +29,12 @@ class Findings:
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, other: Findings, at: str) -> None:
+        """Add what was found in a recipe inside this one, at a place."""
+        self.faults += [at + line for line in other.faults]
+        self.unread += [at + line for line in other.unread]
+        self.notes += [at + line for line in other.notes]
+
 
 def check_recipe(recipe: Recipe, parts: Sequence[Part]) -> Findings:
     """Check a recipe, given also as parts; everything else waits until the methods are known."""
@@ -43,6 +49,24 @@ def check_recipe(recipe: Recipe, parts: Sequence[Part]) -> Findings:
         found.faults += dict.fromkeys(fault for pair in pairs for fault in check(*pair))
     found.notes = list(dict.fromkeys(_notes(recipe, pairs)))
     return found
+
+
+def intermediate_faults(recipe: Recipe) -> Iterator[str]:
+    """Find names that cannot be used, and recipes that would need their own results."""
+    for name, document in recipe.intermediate.items():
+        if not name or any(part in ("", ".", "..") for part in name.split("/")) or set(name) & {"@", "+"}:
+            yield f"intermediate has the name {name!r}; a name is text without '@' and '+', and no path"
+        if document.intermediate:
+            yield f"intermediate.{name}.intermediate is given; write all recipes beside each other"
+    waiting = dict(recipe.intermediate)
+    while ready := [name for name, d in waiting.items() if not waiting.keys() & set(d.inputs())]:
+        for name in ready:
+            del waiting[name]
+    if waiting:
+        yield (
+            f"intermediate results {', '.join(waiting)} use each other in a circle; "
+            f"name a model on disk in one of them"
+        )
 
 
 def _method_faults(recipe: Recipe, parts: Sequence[Part]) -> Iterator[str]:

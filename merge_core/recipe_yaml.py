@@ -1,14 +1,19 @@
-"""YAML of recipes and search files: read safely and of bounded size, written so that it reads back."""
+"""YAML of recipes and search files: read safely and of bounded size, written so that it reads back.
+
+A file may hold several documents, recipes of which one uses the results of others by their `name:`.
+They are read as one mapping: the recipe that is wanted, the others under `intermediate:`.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from merge_core.errors import RecipeError
+from merge_core.errors import RecipeError, shown
 
 MAX_YAML_BYTES = 4 << 20
 
@@ -43,7 +48,7 @@ for _side in (_Loader, _Dumper):
 
 
 def load_yaml(path: str | Path) -> Any:
-    """Read one YAML document, safely and of bounded size.
+    """Read a YAML file, safely and of bounded size; several documents as one, see `joined`.
 
     Raises:
         RecipeError: the file is missing, too large, empty or not YAML.
@@ -59,7 +64,7 @@ def load_yaml(path: str | Path) -> Any:
         text = path.read_text(encoding="utf-8")
         if text.count("*") > 1000 and text.count("&") > 10:
             raise RecipeError(f"{path} is full of YAML aliases; write the values out")
-        data = yaml.load(text, Loader=_Loader)
+        documents = [data for data in yaml.load_all(text, Loader=_Loader) if data is not None]
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not UTF-8 text; give a YAML file") from None
     except RecursionError:
@@ -71,11 +76,83 @@ def load_yaml(path: str | Path) -> Any:
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or " ".join(f"{error}".split())
         raise RecipeError(f"{where}: not valid YAML: {problem}; correct the syntax there") from None
-    if data is None:
+    if not documents:
         raise RecipeError(f"{path} is empty; it must hold a mapping with `merge_method:`")
-    return data
+    if len(documents) == 1:
+        return _without_name(documents[0])
+    try:
+        return joined(documents)
+    except RecipeError as error:
+        raise RecipeError([f"{path}: {fault}" for fault in error.faults]) from None
 
 
-def dump_yaml(data: Any) -> str:
-    """Return a document as YAML text, keys in their order; `load_yaml` of it gives the same."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=99)
+def joined(documents: Sequence[Any]) -> dict[str, Any]:
+    """Make one mapping of several recipes: the one that is wanted, the others by name below it.
+
+    The wanted one is that without a name; where all have one, that which no other mentions.
+
+    Raises:
+        RecipeError: a document is no mapping, a name is given twice, or it is open which one is wanted.
+    """
+    faults, named, unnamed = [], {}, []
+    for i, document in enumerate(documents):
+        name = document.get("name") if isinstance(document, Mapping) else None
+        if not isinstance(document, Mapping):
+            faults.append(f"document {i + 1} is {shown(document)}; each must be a mapping, a recipe")
+        elif name is None:
+            unnamed.append(document)
+        elif not isinstance(name, str):
+            faults.append(f"document {i + 1}: name is {shown(name)}; it must be text, quote it")
+        elif name in named:
+            faults.append(f"document {i + 1}: name is {name!r}, as another's; give each its own")
+        else:
+            named[name] = document
+    if len(unnamed) > 1:
+        faults.append(
+            f"{len(unnamed)} documents have no name; that one whose result is wanted has none, give the "
+            f"others a `name:` by which they are used"
+        )
+    if faults:
+        raise RecipeError(faults)
+    if not unnamed:
+        used = {text for name, d in named.items() for text in _texts(d) if text != name}
+        last = [name for name in named if name not in used]
+        if len(last) != 1:
+            which = " and ".join(last) if last else "none"
+            raise RecipeError(
+                f"each document has a name, and {which} is used by no other; leave out the name of the "
+                f"one whose result is wanted"
+            )
+        unnamed.append(named.pop(last[0]))
+    others = {name: _without_name(document) for name, document in named.items()}
+    return {**_without_name(unnamed[0]), **({"intermediate": others} if others else {})}
+
+
+def _without_name(document: Any) -> Any:
+    if not isinstance(document, Mapping) or not isinstance(document.get("name"), str | None):
+        return document
+    return {key: value for key, value in document.items() if key != "name"}
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """Walk all text in plain data."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, Mapping | list):
+        for part in node.values() if isinstance(node, Mapping) else node:
+            yield from _texts(part)
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML text, keys in their order; `load_yaml` of it gives the same.
+
+    What is under `intermediate:` becomes documents of their own, as mergekit-multi reads them.
+    """
+    plain = dict(data)
+    intermediate = plain.pop("intermediate", None) or {}
+    documents = [{"name": name, **document} for name, document in intermediate.items()]
+    texts = [
+        yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=99)
+        for document in (*documents, plain)
+    ]
+    return "---\n".join(texts)

@@ -97,6 +97,19 @@ class Residence:
             with self._lock:
                 self._decide([(*source, device) for source in wanted], device)
 
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Drop what is kept of a checkpoint that is not wanted again, and give its memory back."""
+        with self._lock:
+            for key in [key for key in self._places if key[0] is checkpoint]:
+                place = self._places.pop(key)
+                self._kept.pop(key, None)
+                self._arriving.pop(key, None)
+                n_bytes = math.prod(checkpoint.tensors[key[1]].shape) * key[2].itemsize
+                if place == "device":
+                    self._device_left[key[3]] += n_bytes
+                elif place == "pinned":
+                    self._host_left += n_bytes
+
     def places(self) -> dict[Place, int]:
         """Count the tensors that have been decided on, by where they live."""
         return dict(Counter(self._places.values()))
@@ -174,7 +187,8 @@ class Residence:
         for key in keys:
             checkpoint, name, dtype, _ = key
             info = checkpoint.tensors[name]
-            if device.type == "cpu" and info.dtype == str(dtype).removeprefix("torch."):
+            is_cast = info.dtype != str(dtype).removeprefix("torch.")
+            if device.type == "cpu" and checkpoint.is_mapped and not is_cast:
                 self._places[key] = "mapped"  # the view itself, which costs nothing
             else:
                 sizes[key] = math.prod(info.shape) * dtype.itemsize

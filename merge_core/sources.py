@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from merge_core.architecture import Architecture
 from merge_core.checkpoint.read import Checkpoint
-from merge_core.errors import CheckpointError
+from merge_core.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from merge_core.plan import MergePlan
+    from merge_core.recipe import Recipe
 
 # A search has one structure, or a few where layer ranges or models are searched too.
 _MAX_STRUCTURES = 32
@@ -30,7 +35,23 @@ class Sources:
         self.residence = Residence(keep)
         self._architectures: dict[str, Architecture] = {}
         self._structures: dict[Hashable, Any] = {}
+        self._recipes: Mapping[str, Recipe] = {}
+        self._plan_options: Mapping[str, Any] = {}
+        self._results: dict[str, tuple[str, Architecture]] = {}
         self.statistics = StatisticsCache(available_host_bytes() // 4 if keep else 0)
+
+    def within(self, recipe: Recipe, **plan_options: Any) -> Sources:
+        """Return these sources as a recipe sees them: its intermediate results are models too.
+
+        Args:
+            recipe: gives the results their names.
+            plan_options: of `plan_merge`, for the recipes of those results.
+        """
+        if not recipe.intermediate:
+            return self
+        view = copy.copy(self)
+        view._recipes, view._plan_options = recipe.intermediate, plan_options
+        return view
 
     def architecture(self, reference: str) -> Architecture:
         """Open a model, or return it where it is open already.
@@ -38,9 +59,53 @@ class Sources:
         Raises:
             CheckpointError, HubUnreachableError: it cannot be opened.
         """
+        if reference in self._recipes:
+            return self._result(reference)
         if reference not in self._architectures:
             self._architectures[reference] = Architecture(Checkpoint(reference))
         return self._architectures[reference]
+
+    def _result(self, name: str) -> Architecture:
+        """Return an intermediate result; of each name the last one is kept."""
+        # It is merged as any recipe is, over these sources.
+        from merge_core.intermediate import MergedCheckpoint
+
+        text = self._text_of(name)
+        known, architecture = self._results.get(name, ("", None))
+        if architecture is None or known != text:
+            if architecture is not None:
+                self.residence.forget(architecture.checkpoint)
+                self.statistics.forget(architecture.checkpoint.identity)
+            try:
+                checkpoint = MergedCheckpoint(name, self._recipes[name], self, text, **self._plan_options)
+            except (CheckpointError, RecipeError) as error:
+                raise type(error)([f"intermediate.{name}: {fault}" for fault in error.faults]) from None
+            architecture = Architecture(checkpoint)
+            self._results[name] = text, architecture
+        return architecture
+
+    def _text_of(self, name: str) -> str:
+        """Return the text of a result's recipe and of all that it uses, which tells it from others."""
+        recipe = self._recipes[name]
+        used = [self._text_of(other) for other in recipe.inputs() if other in self._recipes]
+        return "---\n".join([*used, recipe.to_yaml(), repr(self._plan_options)])
+
+    def plans(self, references: Collection[str]) -> dict[str, MergePlan]:
+        """Return the plans of those that are intermediate results, by name."""
+        from merge_core.intermediate import MergedCheckpoint
+
+        opened = {
+            name: self.architecture(name).checkpoint for name in references if name in self._recipes
+        }
+        return {name: c.plan for name, c in opened.items() if isinstance(c, MergedCheckpoint)}
+
+    def structures(self, references: Collection[str]) -> Hashable:
+        """Return what of intermediate results has a say in how a recipe is planned: all but numbers."""
+        return tuple(
+            self.architecture(reference).checkpoint.structure
+            for reference in references
+            if reference in self._recipes
+        )
 
     def open_all(self, references: Collection[str]) -> list[str]:
         """Open several models; return the faults of those that cannot be opened."""

@@ -65,6 +65,15 @@ class StatisticsCache:
             self._known[key] = result
         return result
 
+    def forget(self, model: str) -> None:
+        """Drop what is known of a model whose tensors are not wanted again."""
+        for key in list(self._known):
+            _, base, _, *sources = key
+            if any(identity is not None and identity[0] == model for identity in (base, *sources)):
+                known = self._known.pop(key)
+                if isinstance(known, Tensor):
+                    self._array_bytes += known.nbytes
+
     @staticmethod
     def _key(job: TensorJob, what: Any, sources: Sequence[Source]) -> Any:
         base = job.base.identity if job.base else None

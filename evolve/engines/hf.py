@@ -21,7 +21,7 @@ from evolve.engines.loading import merge_and_load
 from evolve.errors import SearchFileError, TrialEngineError
 from merge_core.errors import CheckpointError, nearest
 from merge_core.merge import load_merged, merged_tensors
-from merge_core.plan import Sources, donor, model_alone
+from merge_core.plan import Sources, model_alone, origin
 from merge_core.recipe import Recipe
 from merge_core.resident import build_model, fill, places
 
@@ -67,7 +67,7 @@ class HfEngine:
             recipe = model if isinstance(model, Recipe) else model_alone(str(model))
             sources = Sources()
             live = load_merged(recipe, sources=sources, device=device)
-            folder = sources.architecture(donor(recipe)).checkpoint.folder
+            folder = sources.architecture(origin(recipe)).checkpoint.folder
         engine = cls.__new__(cls)
         engine.model = live
         engine._settings = EngineSettings({}, folder, device)

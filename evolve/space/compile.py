@@ -38,20 +38,31 @@ class Compiler:
         self._top: _Reader | None = None
 
     def recipe(self, template: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the tree of a recipe."""
-        self._top = _reader(template, "")
-        readers = list(_readers(template, self._top))
+        """Return the tree of a recipe, and of those whose results it uses."""
+        tree = self._recipe({k: v for k, v in template.items() if k != "intermediate"}, "")
+        others = template.get("intermediate")
+        if isinstance(others, Mapping):
+            tree["intermediate"] = {
+                name: self._recipe(other, f"intermediate.{name}") if isinstance(other, Mapping) else other
+                for name, other in others.items()
+            }
+        return tree
+
+    def _recipe(self, template: Mapping[str, Any], at: str) -> dict[str, Any]:
+        self._top = _reader(template, at)
+        readers = list(_readers(template, self._top, at))
         tree: dict[str, Any] = {}
         for key, node in template.items():
             if key == "modules" and isinstance(node, Mapping):
+                place = _below(at, key)
                 tree[key] = {
-                    name: self._body(module, f"modules.{name}", readers)
+                    name: self._body(module, f"{place}.{name}", readers)
                     if isinstance(module, Mapping)
                     else module
                     for name, module in node.items()
                 }
             else:
-                tree |= self._body({key: node}, "", readers)
+                tree |= self._body({key: node}, at, readers)
         return tree
 
     def _body(self, node: Mapping[str, Any], at: str, readers: Sequence[_Reader]) -> dict[str, Any]:
@@ -175,7 +186,7 @@ class Compiler:
     def _slot(self, node: Mapping[str, Any], name: str, condition: Condition, in_parameters: bool) -> Any:
         if "choices" not in node:
             node = plain_numbers(node)  # YAML 1.1 reads 1e-5 as text
-        elif name in ("dtype", "out_dtype") and isinstance(node["choices"], list):
+        elif name.split(".")[-1] in ("dtype", "out_dtype") and isinstance(node["choices"], list):
             plain = [c.removeprefix("torch.") if isinstance(c, str) else c for c in node["choices"]]
             node = {**node, "choices": plain}
         variable, faults = variable_of(node, name, condition)
@@ -246,16 +257,17 @@ def _reader(node: Mapping[str, Any], at: str) -> _Reader | None:
     return _below(at, "merge_method"), tuple(choice for choice in choices if isinstance(choice, str))
 
 
-def _readers(template: Mapping[str, Any], top: _Reader | None) -> Iterator[_Reader]:
+def _readers(template: Mapping[str, Any], top: _Reader | None, at: str) -> Iterator[_Reader]:
     """Find the methods that read the recipe's parameters: its own, or those of its slices."""
     modules = template.get("modules")
-    bodies = [("", template)]
+    bodies = [(at, template)]
     if isinstance(modules, Mapping):
-        bodies = [(f"modules.{k}.", m) for k, m in modules.items() if isinstance(m, Mapping)]
-    for at, body in bodies:
+        place = _below(at, "modules")
+        bodies = [(f"{place}.{k}", m) for k, m in modules.items() if isinstance(m, Mapping)]
+    for place, body in bodies:
         slices = body.get("slices")
         found = [
-            _reader(entry, f"{at}slices[{i}]") or top
+            _reader(entry, _below(place, f"slices[{i}]")) or top
             for i, entry in enumerate(slices if isinstance(slices, list) else ())
             if isinstance(entry, Mapping)
         ]

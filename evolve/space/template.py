@@ -227,7 +227,9 @@ def _groups(
 ) -> tuple[tuple[int, int] | None, list[str]]:
     """Return the number of layer groups and the layers a group, or what is wrong."""
     setting = f"search.layer_granularity is {granularity}"
-    if "models" not in template:
+    others = template.get("intermediate")
+    documents = [template, *(others.values() if isinstance(others, Mapping) else ())]
+    if any(isinstance(document, Mapping) and "models" not in document for document in documents):
         return None, [f"{setting}; it goes with `models:` only, remove it"]
     n_layers = count_layers()
     if n_layers % granularity:

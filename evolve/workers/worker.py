@@ -14,7 +14,7 @@ from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet, report_set
 from merge_core.checkpoint.locate import locate
-from merge_core.plan import Sources, donor, merged_config, model_alone
+from merge_core.plan import Sources, merged_config, model_alone, origin
 from merge_core.recipe import Recipe
 
 
@@ -179,7 +179,7 @@ class Worker:
         """Say which engine a recipe's model needs."""
         with boundary(TrialMergeError, "finding the merged model's shape"):
             config = merged_config(recipe, self.sources)
-            folder = self.sources.architecture(donor(recipe)).checkpoint.folder
+            folder = self.sources.architecture(origin(recipe)).checkpoint.folder
         return replace(self.setup.engine, config=config, folder=folder)
 
     def _stop(self) -> None:

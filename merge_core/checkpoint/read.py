@@ -67,6 +67,21 @@ class Checkpoint:
                 )
             self.tensors.update(opened.tensors)
 
+    @property
+    def identity(self) -> str:
+        """What tells its tensors from another's in one process."""
+        return self.reference
+
+    @cached_property
+    def structure(self) -> str:
+        """Hash of config, names, shapes and dtypes: all but the numbers."""
+        tensors = [(name, info.dtype, info.shape) for name, info in self.tensors.items()]
+        text = json.dumps([self.config, tensors])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    is_mapped = True
+    """Whether reading a tensor costs no work and no memory of this process."""
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""

@@ -1,0 +1,111 @@
+"""Searches and merges of recipes that use each other's results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+from safetensors.torch import load_file
+
+from evolve.cli import main
+from evolve.evaluation import EvalOptions, evaluate_models
+from evolve.loop import run
+from evolve.search_file import SearchFile
+from evolve.space import Space, Value
+from merge_core.merge import save_merged
+from merge_core.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = "configs/quickstart/models"
+SEARCH = f"""
+name: skills
+merge_method: {{choices: [task_arithmetic, dare_linear]}}
+base_model: {MODELS}/base
+models:
+  - model: {MODELS}/reverse
+    parameters: {{weight: {{low: 0.0, high: 1.0}}, density: {{low: 0.5, high: 1.0}}}}
+  - {{model: {MODELS}/sort, parameters: {{weight: 0.5}}}}
+dtype: bfloat16
+---
+merge_method: slerp
+base_model: skills
+models: [{{model: skills}}, {{model: {MODELS}/largest}}]
+parameters: {{t: {{low: 0.0, high: 1.0}}}}
+dtype: float32
+tasks: [qs_reverse, qs_largest]
+search: {{n_iterations: 5, sampler: random}}
+scoring: {{limit: 10, holdout: 10}}
+"""
+NAMES = [
+    "t",
+    "intermediate.skills.merge_method",
+    "intermediate.skills.models[0].weight",
+    "intermediate.skills.models[0].density",
+]
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> SearchFile:
+    path = tmp_path_factory.mktemp("search") / "search.yml"
+    path.write_text(SEARCH)
+    return SearchFile.load(path)
+
+
+@given(st.lists(st.floats(0, 1), min_size=len(NAMES), max_size=len(NAMES)))
+def test_ranges_of_every_document_are_variables(search: SearchFile, unit: list[float]) -> None:
+    space = Space(search.template)
+    assert [variable.name for variable in space.variables] == NAMES
+    values: dict[str, Value] = {
+        v.name: v.from_unit(u) for v, u in zip(space.variables, unit, strict=True)
+    }
+    assert space.values(space.recipe(values)) == space.active(values)
+
+
+@pytest.mark.slow
+def test_a_search_over_results_resumes_and_ships_as_scored(search: SearchFile, tmp_path: Path) -> None:
+    run(search.changed(search={"n_iterations": 2}), folder=tmp_path / "s")
+    result = run(search, folder=tmp_path / "s")
+    assert [trial.state for trial in result.study.trials()] == [TrialState.COMPLETE] * 5
+    assert len({str(trial.params) for trial in result.study.trials()}) == 5
+    best = tmp_path / "s/best.yml"
+    assert "mergekit-multi" in best.read_text()
+    assert Recipe.load(best) == result.recipe
+    assert result.best is not None
+    save_merged(Recipe.load(best), tmp_path / "out")
+    for model in (best, tmp_path / "out"):
+        (scored,) = evaluate_models([str(model)], EvalOptions(like=tmp_path / "s"))
+        assert scored["scores"] == result.best.user_attrs["scores"]
+
+
+def test_the_command_writes_results_too_where_it_is_told(
+    tmp_path: Path, llamas: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"name: half\nmerge_method: dare_linear\nbase_model: {llamas.base}\n"
+        f"models: [{{model: {llamas.x}, parameters: {{weight: 1, density: 0.5}}}}]\n---\n"
+        f"merge_method: passthrough\nmodels: [{{model: half}}]\n"
+    )
+    line = ["evolve", "merge", str(recipe), str(tmp_path / "out"), "--random-seed", "3"]
+    monkeypatch.setattr(sys, "argv", [*line, "-I", str(tmp_path / "inner")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code in (0, None), capfd.readouterr().err
+    assert f"wrote {tmp_path / 'inner/half'}" in capfd.readouterr().out
+    inner, out = (load_file(tmp_path / folder / "model.safetensors") for folder in ("inner/half", "out"))
+    assert all((inner[name] == out[name]).all() for name in out)
+    seeded = Recipe.load(tmp_path / "out/mergekit_config.yml")
+    assert seeded.intermediate["half"].random_seed == 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert "[dare_linear]" in card
+    assert llamas.x in card
