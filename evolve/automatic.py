@@ -28,7 +28,9 @@ def race_of(settings: SearchSettings, tasks: TaskSet) -> Race | None:
 
 
 def resolve_racing(settings: SearchSettings, tasks: TaskSet) -> str:
-    """Choose for `auto`: race where that saves most of the documents.
+    """Choose for `auto`: race where that saves most of the documents, and the likelihood is followed.
+
+    A few zeros and ones say too little: raced by the metric, or both, winners fall behind (README).
 
     Args:
         settings: with the signal resolved.
@@ -36,15 +38,15 @@ def resolve_racing(settings: SearchSettings, tasks: TaskSet) -> str:
     Raises:
         SearchFileError: racing is asked for, and a score is no mean over documents.
     """
-    if settings.racing == "none":
-        return settings.racing
     race = race_of(settings, tasks)
-    if race is None and settings.racing == "always":
+    if settings.racing == "always" and race is None:
         followed = tasks.following(settings.followed).tasks
         whole = [task.key for task in followed if not task.is_raced]
         raise SearchFileError(
             f"search.racing is always, but {', '.join(whole)} cannot be told from a part of the "
             f"documents; write auto or none"
         )
-    is_raced = race is not None and (settings.racing == "always" or race.is_worthwhile())
-    return "always" if is_raced else "none"
+    if settings.racing != "auto":
+        return settings.racing
+    pays = race is not None and settings.followed == "likelihood" and race.is_worthwhile()
+    return "always" if pays else "none"

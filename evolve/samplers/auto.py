@@ -5,6 +5,10 @@ from __future__ import annotations
 from evolve.errors import SearchFileError
 from evolve.space import SearchSpace
 
+# A Gaussian process finds the larger front (README), but what it costs to ask grows with the cube of
+# the candidates, and steeply with the objectives.
+GP_CANDIDATES, GP_OBJECTIVES = 200, 3
+
 
 def resolve_sampler(
     name: str, space: SearchSpace, n_iterations: int, n_objectives: int = 1
@@ -24,9 +28,11 @@ def resolve_sampler(
         )
     if name != "auto":
         return name, "as asked"
-    if n_objectives > 1:
-        return "nsga2", f"{n_objectives} objectives"
     categories = [v.name for v in space.variables if v.choices is not None]
+    if n_objectives > 1:
+        if n_objectives <= GP_OBJECTIVES and n_iterations <= GP_CANDIDATES and not categories:
+            return "gp", f"{n_objectives} objectives, {n_iterations} candidates"
+        return "nsga2", f"{n_objectives} objectives"
     if len(space.variables) < 2:
         return "tpe", "one variable"
     if categories:

@@ -35,6 +35,8 @@ MODELS = ("addition", "roman")
 N_LAYERS, LAYERS_A_GROUP = 30, 10
 # Finalists of a search that is not raced, scored by metric: as in evolve/finals.py.
 N_FINALISTS = 6
+# What each signal reads of a replayed outcome: 0 is exact match, 1 the likelihood.
+KINDS = {"metric": (0,), "likelihood": (1,), "both": (0, 1)}
 
 
 def space() -> SearchSpace:
@@ -83,11 +85,14 @@ class Bench:
         answers = self.answers(point)[0]
         return math.sqrt(sum(answers[its].var() / len(its) for its in self.search))
 
-    def race(self, n: int, is_pareto: bool = False) -> Race:
+    def race(self, n: int, signal: str) -> Race:
         documents = {
-            task: [(task, int(d)) for d in its] for task, its in zip(TASKS, self.search, strict=True)
+            (task, kind): [(task, int(d)) for d in its]
+            for task, its in zip(TASKS, self.search, strict=True)
+            for kind in KINDS[signal]
         }
-        return Race(documents, dict.fromkeys(TASKS, 1.0), n, self.seed, is_pareto)
+        named = {f"{task}:{kind}": every for (task, kind), every in documents.items()}
+        return Race(named, dict.fromkeys(named, 1.0), n, self.seed)
 
 
 @cache
@@ -132,7 +137,7 @@ class Found:
 
 def full(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
     """Search with every document; where another signal is followed, finals by metric."""
-    kinds = {"metric": (0,), "likelihood": (1,), "both": (0, 1)}[signal]
+    kinds = KINDS[signal]
     points: list[np.ndarray] = []
 
     def values(number: int, point: np.ndarray) -> list[float]:
@@ -146,14 +151,15 @@ def full(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
 
 def raced(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
     """Search block by block, as evolve/heats.py and evolve/finals.py do."""
-    kind = {"metric": 0, "likelihood": 1}[signal]
-    race = bench.race(n)
+    race = bench.race(n, signal)
     points: list[np.ndarray] = []
     known: list[dict[str, dict[tuple[str, int], float]]] = []
 
     def ask(point: np.ndarray, documents: Mapping[str, Sequence[tuple[str, int]]]) -> dict[str, dict]:
-        answers = bench.answers(point)[kind]
-        return {task: {d: float(answers[d[1]]) for d in its} for task, its in documents.items()}
+        answers = bench.answers(point)
+        return {
+            name: {d: float(answers[int(name[-1])][d[1]]) for d in its} for name, its in documents.items()
+        }
 
     def estimate(values: Values) -> float:
         return sum(each.value for each in race.estimates(values).values())
@@ -163,7 +169,7 @@ def raced(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
         found = ask(point, first)
         if not race.is_hopeless(number, found):
             more = ask(point, second)
-            found = {task: found[task] | more[task] for task in TASKS}
+            found = {name: found[name] | more[name] for name in found}
         value = estimate(found)
         race.tell(number, found)
         points.append(point)
@@ -176,11 +182,12 @@ def raced(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
         ranked = ranked[: each.n_candidates]
         for i in ranked:
             more = ask(points[i], each.documents)
-            known[i] = {task: known[i][task] | more[task] for task in TASKS}
+            known[i] = {name: known[i][name] | more[name] for name in more}
         ranked = sorted(ranked, key=lambda i: (-estimate(known[i]), i))
     finalists = ranked[: race.n_of(FINALISTS)]
     n_documents = sum(map(len, bench.search))
-    asked = sum(len(its) for found in known for its in found.values()) + len(finalists) * n_documents
+    asked = sum(len(its) for found in known for its in found.values()) / len(KINDS[signal])
+    asked += len(finalists) * n_documents
     winner = max(finalists, key=lambda i: sum(bench.scores(points[i])))
     return Found(points[winner], asked / (n * n_documents))
 
@@ -252,14 +259,13 @@ def samplers(n_seeds: int, n: int) -> None:
 
 def signals(n_seeds: int, n: int) -> None:
     """Compare what a sampler may follow."""
-    names = ("metric", "likelihood", "both")
-    arms = {name: lambda bench, name=name: full(bench, "auto", n, name) for name in names}
+    arms = {name: lambda bench, name=name: full(bench, "auto", n, name) for name in KINDS}
     compare(arms, n_seeds, "likelihood")
 
 
 def racing(n_seeds: int, n: int) -> None:
     """Compare raced searches with full ones: documents asked, and how the winner's scores compare."""
-    for signal in ("metric", "likelihood"):
+    for signal in KINDS:
         rows = []
         for seed in range(n_seeds):
             bench = Bench(seed)

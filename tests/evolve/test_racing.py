@@ -221,8 +221,9 @@ def test_it_ends_the_same_wherever_it_is_interrupted(
 
 
 def test_a_search_that_goes_on_races_as_it_began(tmp_path: Path) -> None:
-    run(raced(8, racing="auto"), folder=tmp_path / "s")
-    result = run(raced(70, racing="auto").changed(search={"timeout_s": 0.001}), folder=tmp_path / "s")
+    auto = {"racing": "auto", "signal": "likelihood"}
+    run(raced(8, **auto), folder=tmp_path / "s")
+    result = run(raced(70, **auto).changed(search={"timeout_s": 0.001}), folder=tmp_path / "s")
     assert all("standard_errors" not in t.user_attrs for t in result.study.trials())
 
 
@@ -235,13 +236,14 @@ def test_many_objectives_and_a_signal_race_too(tmp_path: Path) -> None:
 
 
 def test_auto_races_where_it_saves_most_documents() -> None:
-    def resolved(n: int, limit: int) -> str:
-        file = raced(n, racing="auto").changed(scoring={"limit": limit})
+    def resolved(n: int, limit: int, signal: str = "likelihood") -> str:
+        file = raced(n, racing="auto", signal=signal).changed(scoring={"limit": limit})
         return make_plan(file).search_file.search.racing
 
     assert resolved(100, 200) == "always"
     assert resolved(100, 20) == "none"
     assert resolved(20, 200) == "none"
+    assert resolved(100, 200, "metric") == resolved(100, 200, "both") == "none"
 
 
 def test_what_cannot_be_told_from_a_part_is_not_raced() -> None:

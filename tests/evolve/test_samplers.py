@@ -156,6 +156,16 @@ def test_feasible_candidates_rank_first_and_failures_last() -> None:
     assert ranked[-n_failed - 2 : -n_failed] == [1, 0]
 
 
+def test_auto_chooses_by_what_is_searched() -> None:
+    switch = Space({"merge_method": {"choices": ["linear", "ties"]}, "models": [{"model": "a"}]})
+    assert resolve_sampler("auto", weights(4), 100)[0] == "cma"
+    assert resolve_sampler("auto", weights(1), 100)[0] == "tpe"
+    assert resolve_sampler("auto", switch, 100)[0] == "tpe"
+    assert resolve_sampler("auto", weights(4), 100, 2)[0] == "gp"
+    assert resolve_sampler("auto", weights(4), 1000, 2)[0] == "nsga2"
+    assert resolve_sampler("auto", weights(4), 100, 4)[0] == "nsga2"
+
+
 def test_several_objectives_are_not_for_cma() -> None:
     with pytest.raises(SearchFileError, match="use nsga2, tpe or gp"):
         resolve_sampler("cma", weights(4), 100, 2)
