@@ -157,7 +157,9 @@ def test_feasible_candidates_rank_first_and_failures_last() -> None:
 
 
 def test_auto_chooses_by_what_is_searched() -> None:
-    switch = Space({"merge_method": {"choices": ["linear", "ties"]}, "models": [{"model": "a"}]})
+    method = {"choices": ["task_arithmetic", "ties"]}
+    models = [{"model": "a", "parameters": {"weight": {"low": 0, "high": 1}}}]
+    switch = Space({"merge_method": method, "base_model": "base", "models": models})
     assert resolve_sampler("auto", weights(4), 100)[0] == "cma"
     assert resolve_sampler("auto", weights(1), 100)[0] == "tpe"
     assert resolve_sampler("auto", switch, 100)[0] == "tpe"
