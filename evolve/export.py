@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from merge_core.card import NOTICE
 from merge_core.checkpoint.write import write_text
 from merge_core.methods import METHODS
+from merge_core.moe.recipe import MoeRecipe
 from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def export_yaml(
 
 def mergekit_notes(recipe: Recipe) -> list[str]:
     """Say where mergekit would make another model of this recipe, or none."""
+    if isinstance(recipe, MoeRecipe):
+        return recipe.mergekit_notes()
     notes = []
     if recipe.intermediate:
         notes.append("mergekit reads several documents with `mergekit-multi`")

@@ -143,6 +143,8 @@ def model_alone(model: str, like: Recipe, n_layers: Callable[[str], int]) -> Rec
     Its share is 1 and that of others 0; a method that interpolates is at its end; what a method
     does to each model (density, scale) is at the value that does nothing.
     """
+    if not like.parts():  # experts
+        return None
     wanted = _Wanted()
     end = 0
     try:
@@ -166,6 +168,8 @@ def model_alone(model: str, like: Recipe, n_layers: Callable[[str], int]) -> Rec
 
 def average(like: Recipe) -> Recipe | None:
     """Return the recipe of the same form in which all models count the same, or None."""
+    if not like.parts():
+        return None
     wanted = _Wanted()
     try:
         for part in like.parts():

@@ -8,7 +8,7 @@ mergekit-evolve file; `evolve.mergekit_file` puts it in these words.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from evolve.genome import GenomeSpace
 from evolve.mergekit_file import MergekitFile, in_our_words
 from evolve.space import SearchSpace, Space
 from merge_core.errors import RecipeError, nearest, schema_faults
+from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import origin
 from merge_core.recipe import Recipe, load_yaml
 from merge_core.recipe_yaml import dump_yaml
@@ -254,6 +255,13 @@ _KNOWN_KEYS = {
 }
 
 
+def _recipe_keys(data: Mapping[str, Any]) -> Iterable[str]:
+    """Return the keys that a file of this kind may have outside the sections."""
+    if "genome" in data:
+        return MergekitFile.model_fields
+    return MoeRecipe.own_keys() if "experts" in data else Recipe.model_fields
+
+
 def _repeated(settings: _Settings) -> list[str]:
     """List what `report_only` has of `tasks`."""
     searched = [(task.name, task.text, task.reference) for task in settings.tasks]
@@ -285,14 +293,14 @@ class SearchFile:
         if self.is_mergekit:
             data = in_our_words(data, faults)
         self.template = {key: value for key, value in data.items() if key not in SECTIONS}
-        known = {*(MergekitFile if self.is_mergekit else Recipe).model_fields, *SECTIONS}
+        known = {*_recipe_keys(data), *SECTIONS}
         faults += [
             f"{key}: unknown key {key!r}; {nearest(str(key), known)}"
             for key in self.template
             if key not in known
         ]
-        # Slices may have methods of their own.
-        if not self.is_mergekit and not {"merge_method", "slices", "modules"} & set(data):
+        # Slices may have methods of their own, and experts need none.
+        if not {"genome", "merge_method", "slices", "modules", "experts"} & set(data):
             faults.append("merge_method is missing; it is required, add it")
         schema = _MergekitSettings if self.is_mergekit else _Settings
         try:

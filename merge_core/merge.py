@@ -151,9 +151,13 @@ class Merger:
         self._found: dict[tuple[str, str], tuple[Checkpoint, str, torch.dtype]] = {}
 
     def announce(self, wanted: Iterable[Planned]) -> None:
-        """Have it decided where the inputs live between candidates."""
+        """Have it decided where the inputs live between candidates, and makers prepare."""
+        wanted = list(wanted)
         stored = [self._stored(entry) for planned in wanted for entry in planned.all_inputs]
         self._sources.residence.announce(stored, self._device)
+        for planned in wanted:
+            if planned.maker is not None:
+                planned.maker.prepare()
 
     def prefetch(self, planned: Planned) -> None:
         """Start to bring the inputs from disk, or to the device."""
@@ -173,8 +177,14 @@ class Merger:
         """Make one tensor, on the device."""
         if not planned.is_floating:
             return self._copied(planned)
-        method = METHODS[planned.method]
         out_dtype = getattr(torch, planned.dtype)
+        if planned.maker is not None:
+            inputs = [
+                self._sources.residence.fetch(*self._stored(entry), self._device)
+                for entry in planned.all_inputs
+            ]
+            return planned.maker.make(inputs, out_dtype, self._device)
+        method = METHODS[planned.method]
         job = TensorJob(
             name=planned.name,
             base=self._source(planned, planned.base, {}) if planned.base else None,

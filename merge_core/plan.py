@@ -9,17 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from merge_core.architecture import text_config, with_layers, with_text_config
 from merge_core.checkpoint.safetensors_file import ITEM_BYTES
 from merge_core.errors import CheckpointError, RecipeError
 from merge_core.methods import METHODS, Parameter
+from merge_core.moe.recipe import MoeRecipe
 from merge_core.parameters import is_total, value_at
 from merge_core.parts import Levels, Part
 from merge_core.recipe import Recipe
 from merge_core.sources import Sources
 from merge_core.wiring import Leniency, Wire, Wiring, layers_of, vocabulary_rows, wire
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "Input",
@@ -54,6 +59,20 @@ class Input:
     filter_name: str
 
 
+class Maker(Protocol):
+    """Makes an output tensor that no merge method makes."""
+
+    def prepare(self) -> None:
+        """Do what takes long; called once before the first tensor is made, by one thread."""
+
+    def make(self, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the tensor.
+
+        Args:
+            inputs: those of the plan, on the device.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Planned:
     """One output tensor: how it is made, and what it will be.
@@ -69,6 +88,7 @@ class Planned:
         shape: of the result; an input with more rows gives its leading ones.
         dtype: of the result, torch's name.
         is_floating: whether it is computed; other tensors are copied and must be equal.
+        maker: what makes it in the method's place, where it is no merge.
     """
 
     name: str
@@ -80,6 +100,7 @@ class Planned:
     shape: tuple[int, ...]
     dtype: str
     is_floating: bool = True
+    maker: Maker | None = None
 
     @property
     def all_inputs(self) -> tuple[Input, ...]:
@@ -177,6 +198,10 @@ def plan_merge(
     faults = sources.open_all(recipe.references())
     if faults:
         raise CheckpointError(faults)
+    if isinstance(recipe, MoeRecipe):
+        from merge_core.moe.plan import plan_mixture  # made of what is defined here
+
+        return plan_mixture(recipe, sources)
     parts = recipe.parts()
     leniency = Leniency(allow_crimes, unsafe_truncate_embeddings)
     wiring = _wiring(parts, donor(recipe), sources, leniency)
@@ -260,6 +285,10 @@ def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     An output head beside a tied donor unties it, and a smaller vocabulary gives its size.
     """
     sources = sources.within(recipe)
+    if isinstance(recipe, MoeRecipe):
+        from merge_core.moe.plan import config_of_mixture
+
+        return config_of_mixture(recipe, sources)
     model = sources.architecture(donor(recipe))
     config = dict(model.checkpoint.config)
     parts = recipe.parts()

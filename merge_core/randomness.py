@@ -1,4 +1,4 @@
-"""Counter-based random masks: a pure function of names and positions, the same on every device.
+"""Counter-based random numbers: a pure function of names and positions, the same on every device.
 
 Which entries a random method keeps depends only on (random_seed, model reference as written,
 occurrence of that reference, output tensor name, flat index). It does not depend on the order of
@@ -11,8 +11,12 @@ The hash is version 1 and never changes: exported recipes rely on it.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HASH_VERSION = 1
 _RANGE = 1 << 31
@@ -99,3 +103,32 @@ def above(hashed: Any, last: Any) -> Any:
     """Tell where a hash is above `last`, that is dropped: -1 there, else 0; int32, shape (n,)."""
     # The sign of last - hash, without a comparison; both lie in [-1, 2**31), so nothing wraps.
     return (hashed * -1 + last) >> 31
+
+
+def uniforms(key: MaskKey, start: int, stop: int) -> Tensor:
+    """Return numbers that are uniform in (0, 1): those at the indices start..stop-1 of a stream.
+
+    Returns:
+        float64, shape (stop - start,), on the CPU; odd multiples of 2**-32.
+    """
+    import torch
+
+    index = torch.arange(start, stop, dtype=torch.int64)
+    # One value for each index, so that a range may cross a multiple of 2**32.
+    high = (index >> 32).to(torch.int32) * high_word(1 << 32)
+    hashed = hash_words(*key.words(), index.to(torch.int32), high)
+    uniform: Tensor = (hashed.to(torch.float64) + 0.5) / _RANGE
+    return uniform
+
+
+def normals(key: MaskKey, start: int, stop: int) -> Tensor:
+    """Return standard normal numbers: those at the indices start..stop-1 of a stream.
+
+    Each is made of two uniform ones, at twice the index and the next (Box and Muller 1958,
+    https://doi.org/10.1214/aoms/1177706645); its sine branch is not used.
+
+    Returns:
+        float64, shape (stop - start,), on the CPU.
+    """
+    radius, angle = uniforms(key, 2 * start, 2 * stop).view(-1, 2).unbind(dim=1)
+    return (-2.0 * radius.log()).sqrt() * (2.0 * math.pi * angle).cos()

@@ -173,6 +173,10 @@ class Recipe(_Part):
         """
         if not isinstance(data, Mapping):
             raise RecipeError(f"recipe is {data!r:.60}; it must be a mapping with `merge_method:`")
+        if "experts" in data or data.get("merge_method") == "moe":
+            from merge_core.moe.recipe import MoeRecipe  # a kind of recipe itself
+
+            return MoeRecipe.parse(data, strict)
         plain = {key: value for key, value in data.items() if key not in _NOT_YET}
         refused = [
             f"{key} is {shown(data[key])}; the base's tokenizer and template are kept as they are, "

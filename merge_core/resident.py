@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from merge_core.errors import CheckpointError
+from merge_core.experts import other_spellings, single_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +60,8 @@ def build_model(
 def places(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a model's parameters and buffers by the names that checkpoints give them.
 
-    A checkpoint may have been saved from the model with its head or without: both spellings are
-    there.
+    A checkpoint may have been saved from the model with its head or without, and may have a tensor
+    for each expert where the model has one for all: all spellings are there.
     """
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -68,6 +69,8 @@ def places(model: PreTrainedModel) -> dict[str, Tensor]:
     }
     prefix = f"{model.base_model_prefix}."
     found = {name: tensor.detach() for name, tensor in named.items()}
+    for name, tensor in list(found.items()):
+        found |= other_spellings(name, tensor)
     for name, tensor in list(found.items()):
         other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
         found.setdefault(other, tensor)
@@ -84,7 +87,7 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
         CheckpointError: tensors without a place, of another shape, or places left unfilled.
     """
     known = places(model)
-    filled: set[int] = set()
+    filled: set[tuple[int, int]] = set()
     faults = []
     for name, tensor in _copied_by_one_thread(stream):
         place = known.get(name)
@@ -98,11 +101,11 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
         else:
             if tensor.data_ptr() != place.data_ptr():
                 place.copy_(tensor)
-            filled.add(place.data_ptr())
+            filled.add(_extent(place))
     faults += [
         f"{name} of the model built from config.json is in no checkpoint tensor"
         for name, parameter in model.named_parameters()
-        if parameter.data_ptr() not in filled
+        if not _is_filled(name, parameter, filled)
     ]
     if faults:
         shown = faults[:5] + ([f"... and {len(faults) - 5} more"] if len(faults) > 5 else [])
@@ -111,6 +114,18 @@ def fill(model: PreTrainedModel, stream: Iterable[tuple[str, Tensor]]) -> None:
             + "; ".join(shown)
             + "; use a model whose files belong together"
         )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _is_filled(name: str, parameter: Tensor, filled: set[tuple[int, int]]) -> bool:
+    """Tell whether a parameter got its values, whole or expert by expert."""
+    if _extent(parameter) in filled:
+        return True
+    parts = list(single_experts(name, parameter))
+    return bool(parts) and all(_extent(part) in filled for _, part in parts)
 
 
 def _copied_by_one_thread(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

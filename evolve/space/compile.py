@@ -18,6 +18,11 @@ from merge_core.recipe import reference_text
 _Reader = tuple[str | None, tuple[str, ...]]
 
 
+# Lists of models with what belongs to each, and how an entry names its model.
+ENTRY_LISTS = ("models", "experts", "shared_experts")
+MODEL_KEYS = ("model", "source_model")
+
+
 class Compiler:
     """Turns a template into a tree.
 
@@ -72,7 +77,7 @@ class Compiler:
             path = _below(at, key)
             if key == "parameters" and isinstance(part, Mapping):
                 tree[key] = self._parameters(part, at, readers, False, ())
-            elif key == "models" and isinstance(part, list):
+            elif key in ENTRY_LISTS and isinstance(part, list):
                 tree[key] = [self._entry(e, f"{path}[{i}]", readers, ()) for i, e in enumerate(part)]
             elif key == "slices" and isinstance(part, list):
                 tree[key] = [self._slice(e, f"{path}[{i}]") for i, e in enumerate(part)]
@@ -112,7 +117,7 @@ class Compiler:
             if key == "parameters" and isinstance(part, Mapping):
                 tree[key] = self._parameters(part, at, readers, True, own)
             else:
-                tree[key] = self._node(part, f"{at}.{key}", condition if key == "model" else own)
+                tree[key] = self._node(part, f"{at}.{key}", condition if key in MODEL_KEYS else own)
         return Maybe(tree, own, (switch[0],)) if switch else tree
 
     def _parameters(
@@ -152,12 +157,13 @@ class Compiler:
         if isinstance(node, Mapping):
             if in_parameters and "value" in node:
                 return self._filtered(node, name, f"{name}[{_filter(node)}]", condition)
-            if name.endswith((".model", "base_model")) and any(_ranges(node)):
+            is_model = name.endswith(("base_model", *(f".{key}" for key in MODEL_KEYS)))
+            if is_model and any(_ranges(node)):
                 self.faults.append(
                     f"{name} has a range inside a mapping; give choices of the whole reference, "
                     f"PATH@REVISION"
                 )
-            elif name.endswith((".model", "base_model")):
+            elif is_model:
                 return _as_text(node)
             return {key: self._node(part, _below(name, key), condition) for key, part in node.items()}
         if isinstance(node, list):
@@ -240,11 +246,12 @@ def _as_text(reference: Mapping[str, Any]) -> Any:
 
 def _switch(node: Any, at: str) -> tuple[str, tuple[Any, ...]] | None:
     """Return the category of an entry that null takes out, and the choices that keep it."""
-    model = node.get("model") if isinstance(node, Mapping) else None
+    key = next((key for key in MODEL_KEYS if isinstance(node, Mapping) and key in node), None)
+    model = None if key is None else node[key]
     choices = model.get("choices") if isinstance(model, Mapping) else None
     if not isinstance(choices, list) or None not in choices:
         return None
-    return f"{at}.model", tuple(choice for choice in choices if choice is not None)
+    return f"{at}.{key}", tuple(choice for choice in choices if choice is not None)
 
 
 def _reader(node: Mapping[str, Any], at: str) -> _Reader | None:

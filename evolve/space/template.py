@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from evolve.errors import SearchFileError
-from evolve.space.compile import Compiler
+from evolve.space.compile import MODEL_KEYS, Compiler
 from evolve.space.foldings import foldings
 from evolve.space.search_space import SearchSpace
 from evolve.space.tree import Maybe, Misfit, Slot, differences, fill, read, skeleton, slots
@@ -60,8 +60,9 @@ class Space(SearchSpace):
         if faults:
             raise SearchFileError(faults)
         depth = n_layers() if n_layers and _has_many_points(self._tree) else None
-        shapes = (skeleton(self._tree, self.active(corner)) for corner in self._corners)
-        self.notes = foldings(shapes, depth)
+        if "experts" not in template:
+            shapes = (skeleton(self._tree, self.active(corner)) for corner in self._corners)
+            self.notes = foldings(shapes, depth)
 
     # ---- values and recipes -------------------------------------------------------------------
 
@@ -270,6 +271,6 @@ def _models(node: Any) -> set[Value]:
         return set()
     if "sources" in node:
         return {model for source in node["sources"] for model in _models(source)}
-    model = node.get("model")
+    model = next((node[key] for key in MODEL_KEYS if key in node), None)
     choices = model.variables[0].choices if isinstance(model, Slot) else (model,)
     return {choice for choice in choices or () if isinstance(choice, str)}

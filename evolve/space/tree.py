@@ -14,7 +14,7 @@ from typing import Any
 from evolve.space.variable import Condition, Value, Variable, holds
 
 # Read first: whether other parts are there depends on them. What is not named comes in between.
-_FIRST = ("merge_method", "base_model", "model", "slices", "models")
+_FIRST = ("merge_method", "base_model", "model", "source_model", "slices", "models")
 _LAST = ("parameters",)
 
 
