@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from merge_core.methods import METHODS
+from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import MergePlan, Sources, origin
 from merge_core.recipe import Recipe
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 NOTICE = "notice: "
 _VERSIONS = ("evolve-merge", "torch", "safetensors")
 _LICENSE_KEYS = ("license", "license_name", "license_link")
+_MIXTURES = "https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md"
 # How many tensors that were left out are named; the rest is counted.
 _SHOWN = 4
 
@@ -53,18 +55,15 @@ def model_card(
     front = {
         **({"base_model": list(ids)} if ids else {}),
         "library_name": "transformers",
-        "tags": ["mergekit", "merge"],
+        "tags": ["mergekit", "merge", *(["moe"] if isinstance(recipe, MoeRecipe) else [])],
         **_merged_license(stated),
     }
-    methods = [METHODS[name] for name in plan.methods()]
-    names = ", ".join(f"[{m.name}]({m.source})" if m.source else m.name for m in methods)
-    base = f" with {_linked(recipe.base_model, recipe)} as base" if recipe.base_model else ""
     fence = "```" if "```" not in recipe_text else "~~~~~~"
     sections = [
         f"# {title}",
         f"A merge of {len(references)} pre-trained language models, made with evolve.",
         *(f"> {notice}" for notice in head_notices(recipe_text)),
-        f"## Method\n\n{names}{base}.",
+        f"## Method\n\n{_method(recipe, plan)}",
         "## Models\n\n" + "\n".join(f"* {_linked(reference)}" for reference in references),
         f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}",
         "## Licence\n\n" + _license_text(stated),
@@ -73,6 +72,19 @@ def model_card(
     ]
     header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _method(recipe: Recipe, plan: MergePlan) -> str:
+    if isinstance(recipe, MoeRecipe):
+        shared = f" and {len(recipe.shared_experts)} shared" if recipe.shared_experts else ""
+        return (
+            f"A [mixture]({_MIXTURES}) of {len(recipe.experts)} experts{shared}, of which a token "
+            f"reaches {recipe.experts_per_token}. The experts are the models' MLPs; all else is from "
+            f"{_linked(str(recipe.base_model), recipe)}. The router's gates are {recipe.gate_mode}."
+        )
+    methods = [METHODS[name] for name in plan.methods()]
+    names = ", ".join(f"[{m.name}]({m.source})" if m.source else m.name for m in methods)
+    return names + (f" with {_linked(recipe.base_model, recipe)} as base." if recipe.base_model else ".")
 
 
 def head_notices(recipe_text: str) -> list[str]:

@@ -240,7 +240,7 @@ class _SampleSources(Sources):
 
 def _sample_names(plan: Sequence[Planned], n: int) -> list[str]:
     """Choose tensors of the layers, spread evenly over the entries: large ones more often."""
-    layered = [p for p in plan if p.is_floating and split_layer(p.name)] or list(plan)
+    layered = [p for p in plan if p.is_floating and split_layer(p.name) and p.all_inputs] or list(plan)
     total = sum(math.prod(p.shape) for p in layered)
     names: list[str] = []
     passed = 0
