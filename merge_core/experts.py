@@ -7,7 +7,7 @@ vLLM's loaders, have three matrices for each expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,16 +31,29 @@ class Spelling:
 
     def names(self, layer: str, expert: int) -> tuple[str, str, str]:
         """Spell gate, up and down of an expert; `layer` ends with a dot."""
-        prefix = f"{layer}{self.block}.experts.{expert}."
-        return tuple(f"{prefix}{part}.weight" for part in (self.gate, self.up, self.down))  # type: ignore[return-value]
+        return self._matrices(f"{layer}{self.block}.experts.{expert}")
+
+    def shared_names(self, layer: str) -> tuple[str, str, str]:
+        """Spell gate, up and down of the shared expert."""
+        return self._matrices(f"{layer}{self.block}.shared_expert")
+
+    def _matrices(self, at: str) -> tuple[str, str, str]:
+        return f"{at}.{self.gate}.weight", f"{at}.{self.up}.weight", f"{at}.{self.down}.weight"
 
     def router(self, layer: str) -> str:
         """Spell a layer's router."""
         return f"{layer}{self.block}.gate.weight"
 
+    def shared_router(self, layer: str) -> str:
+        """Spell what says how much a token gets of the shared expert."""
+        return f"{layer}{self.block}.shared_expert_gate.weight"
+
 
 MIXTRAL = Spelling("block_sparse_moe", "w1", "w3", "w2")
 QWEN = Spelling("mlp", "gate_proj", "up_proj", "down_proj")
+
+
+_ROUTER = f".{QWEN.block}.gate.weight"
 
 
 def other_spellings(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -49,31 +62,41 @@ def other_spellings(name: str, tensor: Tensor) -> dict[str, Tensor]:
     Args:
         name: in a Transformers model; most have no other spelling.
     """
-    found = dict(single_experts(name, tensor))
-    router = f".{QWEN.block}.gate.weight"
-    if name.endswith(router):
-        found[MIXTRAL.router(name.removesuffix(router) + ".")] = tensor
+    found = {
+        n: part for spelling in (QWEN, MIXTRAL) for n, part in single_experts(name, tensor, spelling)
+    }
+    if name.endswith(_ROUTER):
+        found[MIXTRAL.router(name.removesuffix(_ROUTER) + ".")] = tensor
     return found
 
 
-def single_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield views of a fused tensor, one for each matrix, in both spellings.
+def respelled(stream: Iterable[tuple[str, Tensor]], spelling: Spelling) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on, those of a Transformers model's experts and routers as a spelling has them."""
+    for name, tensor in stream:
+        parts = list(single_experts(name, tensor, spelling))
+        if name.endswith(_ROUTER):
+            parts = [(spelling.router(name.removesuffix(_ROUTER) + "."), tensor)]
+        yield from parts or [(name, tensor)]
+
+
+def single_experts(name: str, tensor: Tensor, spelling: Spelling = QWEN) -> Iterator[tuple[str, Tensor]]:
+    """Yield views of a fused tensor, one for each matrix.
 
     Args:
         name: in a Transformers model, such as `model.layers.0.mlp.experts.down_proj`; for any other
             name nothing is yielded.
         tensor: shape (experts, rows, columns).
+        spelling: of the names that are yielded.
     """
     is_down = name.endswith(f".{QWEN.block}.experts.down_proj")
     if tensor.dim() != 3 or not (is_down or name.endswith(f".{QWEN.block}.experts.gate_up_proj")):
         return
     layer = name.rsplit(".", 3)[0] + "."
     half = tensor.shape[1] // 2
-    for spelling in (QWEN, MIXTRAL):
-        for expert in range(tensor.shape[0]):
-            gate, up, down = spelling.names(layer, expert)
-            if is_down:
-                yield down, tensor[expert]
-            else:
-                yield gate, tensor[expert, :half]
-                yield up, tensor[expert, half:]
+    for expert in range(tensor.shape[0]):
+        gate, up, down = spelling.names(layer, expert)
+        if is_down:
+            yield down, tensor[expert]
+        else:
+            yield gate, tensor[expert, :half]
+            yield up, tensor[expert, half:]

@@ -5,7 +5,8 @@ an opaque copy and drops (linear layers) or keeps (embeddings) the original, so 
 would prove nothing. There the packed weight is recovered by the layer's own multiplication: row k
 of the identity gives column k of the weight, bit for bit, since one product is the weight and all
 others are zero. Only what such a product cannot show is left out: the sign of a zero, and numbers
-too small to be normal, which the CPU's bfloat16 units take for zero.
+too small to be normal, which the CPU's bfloat16 units take for zero. Packed experts, which no
+product shows, are compared with what they must be packed to.
 
 Names, fused matrices, shards and padding are sorted out by vLLM's own loaders: checkpoint tensors
 are loaded into empty twins of a layer's parameters, and what arrives there is what must be live.
@@ -128,6 +129,9 @@ class _Check:
         from vllm.model_executor.model_loader.reload import layerwise
 
         layerwise.materialize_layer(layer, info)
+        if _has_packed_experts(layer):
+            self._experts(layer_name, layer, info)
+            return
         calls = info.loaded_weights
         arrived: list[tuple[str, str, Tensor, Tensor]] = []
         for (name, arguments), source in zip(calls, getattr(calls, "sources", ()), strict=False):
@@ -137,14 +141,41 @@ class _Check:
             layerwise._get_original_loader(twin)(*arguments.args, **arguments.kwargs)
             filled = ~twin.data.isnan()
             arrived.append((source, name, filled, twin.data[filled]))
-        layerwise._place_kernel_tensors(layer, info)
-        info.reset()
-        self._done.add(layer)
+        self._put_back(layer, info)
         for name in dict.fromkeys(name for _, name, _, _ in arrived):
             live = _live(layer, name)
             for source, other, filled, expected in arrived:
                 if other == name:
                     self._compare(source, f"{layer_name}.{name}", live, filled, expected)
+
+    def _experts(self, layer_name: str, layer: Any, info: Any) -> None:
+        """Load all experts into twins, pack these as vLLM does, and compare the packed ones.
+
+        The CPU's kernel cannot be made to show its weights, but equal weights are packed equally.
+        """
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        names = ("w13_weight", "w2_weight")
+        for name in names:
+            getattr(layer, name).data.fill_(float("nan"))
+        for name, arguments in info.loaded_weights:
+            twin = arguments.arguments["param"] = getattr(layer, name)
+            layerwise._get_original_loader(twin)(*arguments.args, **arguments.kwargs)
+        layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+        packed = {name: getattr(layer, name).data for name in names}
+        self._put_back(layer, info)
+        for name, expected in packed.items():
+            where, live = f"{layer_name}.{name}", getattr(layer, name).data
+            everything = torch.ones_like(live, dtype=torch.bool)
+            self._compare(f"the experts of {layer_name}", where, [live], everything, expected.flatten())
+
+    def _put_back(self, layer: Any, info: Any) -> None:
+        """Put the live parameters in the place of the twins."""
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+        self._done.add(layer)
 
     def _compare(
         self, source: str, where: str, live: list[Tensor], filled: Tensor, expected: Tensor
@@ -186,6 +217,13 @@ def _live(layer: Any, name: str) -> list[Tensor]:
     return live
 
 
+def _has_packed_experts(layer: Any) -> bool:
+    """Tell whether a layer holds experts that are packed for the CPU's kernel."""
+    weight = getattr(layer, "w13_weight", None)
+    kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+    return weight is not None and weight.device.type == "cpu" and kernel is not None
+
+
 def _is_packed(layer: Any) -> bool:
     """Tell whether a layer multiplies with a packed copy of its weight."""
     return hasattr(layer, "cpu_linear") and layer.weight.dim() < 3
@@ -196,8 +234,9 @@ def _shape(layer: Any) -> tuple[int, int]:
     if layer.weight.dim() == 2:
         rows, columns = layer.weight.shape
         return int(rows), int(columns)
-    return int(layer.output_size_per_partition), int(
-        getattr(layer, "input_size_per_partition", layer.input_size)
+    return (
+        int(getattr(layer, "output_size_per_partition", layer.output_size)),
+        int(getattr(layer, "input_size_per_partition", layer.input_size)),
     )
 
 

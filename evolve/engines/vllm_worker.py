@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from merge_core.experts import MIXTRAL, respelled
 from merge_core.merge import merged_tensors
 from merge_core.recipe import Recipe
 from merge_core.sources import Sources
@@ -125,7 +126,8 @@ class MergeWorker:
         with self._configured():
             if isinstance(source, dict):
                 source = merged_tensors(Recipe.parse(source), device=self.device)
-            return differences(self.model_runner.get_model(), self.vllm_config.model_config, source)
+            model = self.model_runner.get_model()
+            return differences(model, self.vllm_config.model_config, as_spelled(model, source))
 
     def evolve_checksum(self) -> dict[str, int]:
         """Digest of every parameter as this rank computes with it, by vLLM's own names."""
@@ -164,9 +166,10 @@ class MergeWorker:
         model = self.model_runner.get_model()
         names = {name for name, _ in model.named_parameters()}
         with self._configured(), one_thread():
+            _pack_experts_again(model)
             initialize_layerwise_reload(model)
             try:
-                loaded = model.load_weights(iter(stream))
+                loaded = model.load_weights(as_spelled(model, stream))
             finally:
                 finalize_layerwise_reload(model, self.vllm_config.model_config)
             _share_packed_heads(model)
@@ -200,6 +203,29 @@ def one_thread() -> Iterator[None]:
     finally:
         _set_num_threads(n_threads)
         torch.set_num_threads = replaced
+
+
+def as_spelled(model: Module, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass checkpoint tensors on under names that the model's loader knows.
+
+    vLLM's Mixtral knows its experts one by one and its own name of the block, where Transformers 5
+    may have saved all in one tensor under another.
+    """
+    is_mixtral = any(name.endswith(f".{MIXTRAL.block}") for name, _ in model.named_modules())
+    return respelled(stream, MIXTRAL) if is_mixtral else iter(stream)
+
+
+def _pack_experts_again(model: Module) -> None:
+    """Have the experts of the next reload packed for the CPU's kernel, as those of a first load are.
+
+    vLLM packs them where it makes the kernel, and where there is one already it would copy plain
+    weights into the packed ones' place.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        weight = getattr(module, "w13_weight", None)
+        if weight is not None and weight.device.type == "cpu" and hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 def _share_packed_heads(model: Module) -> None:

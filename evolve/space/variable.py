@@ -26,7 +26,8 @@ class Clause:
     def __str__(self) -> str:
         return " or ".join(
             f"{name} is on"
-            if all(isinstance(choice, str) for choice in choices) and name.endswith((".model", ".source_model"))
+            if all(isinstance(choice, str) for choice in choices)
+            and name.endswith((".model", ".source_model"))
             else f"{name} is {' or '.join(str(choice) for choice in choices)}"
             for name, choices in self.any_of
         )

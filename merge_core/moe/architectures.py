@@ -100,18 +100,38 @@ def _qwen2(base: Config, n_experts: int) -> Config:
 
 MIXTURES = (
     MixtureArchitecture(
-        "mixtral", "mixtral", "MixtralForCausalLM", ("llama", "mistral"), False, MIXTRAL, _LLAMA, _mixtral,
-        # vLLM's Mixtral knows no tied head.
-        unties=True,
+        name="mixtral",
+        model_type="mixtral",
+        class_name="MixtralForCausalLM",
+        takes=("llama", "mistral"),
+        has_shared=False,
+        spelling=MIXTRAL,
+        rest=_LLAMA,
+        config=_mixtral,
+        unties=True,  # vLLM's Mixtral knows no tied head
     ),
     MixtureArchitecture(
-        "qwen", "qwen2_moe", "Qwen2MoeForCausalLM", ("llama", "mistral", "qwen2"), True, QWEN, _LLAMA,
-        _qwen2, zeros=_QKV_BIASES,
+        name="qwen",
+        model_type="qwen2_moe",
+        class_name="Qwen2MoeForCausalLM",
+        takes=("llama", "mistral", "qwen2"),
+        has_shared=True,
+        spelling=QWEN,
+        rest=_LLAMA,
+        config=_qwen2,
+        zeros=_QKV_BIASES,
     ),
     MixtureArchitecture(
-        "qwen3", "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), False, QWEN, _QWEN3, _qwen,
+        name="qwen3",
+        model_type="qwen3_moe",
+        class_name="Qwen3MoeForCausalLM",
+        takes=("qwen3",),
+        has_shared=False,
+        spelling=QWEN,
+        rest=_QWEN3,
+        config=_qwen,
     ),
-)  # fmt: skip
+)
 # Mixtures that mergekit-moe writes and that cannot be made here, and why.
 _UNMAKABLE = {"deepseek": "Transformers has no such model and would run code from the Hub for it"}
 

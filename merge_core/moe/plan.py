@@ -6,6 +6,7 @@ What is no expert is the base's own. An expert's matrices are a model's MLP, its
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -140,24 +141,21 @@ class _Planner:
                 shape = weight.shape[:1]
                 name = self.base.layer_name(layer, suffix)
                 yield self._made(name, shape, weight.dtype, Zeros(shape))
-        width = self._info(self.base, layer, DENSE_MLP[0])
-        spelling = self.mixture.spelling
+        gate = self._info(self.base, layer, DENSE_MLP[0])
+        spelling, experts = self.mixture.spelling, self.recipe.experts
         for router, name, n in (
-            (self.router, spelling.router(prefix), len(self.recipe.experts)),
-            (self.shared_router, f"{prefix}mlp.shared_expert_gate.weight", len(self.recipe.shared_experts)),
+            (self.router, spelling.router(prefix), len(experts)),
+            (self.shared_router, spelling.shared_router(prefix), len(self.recipe.shared_experts)),
         ):
             if n:
-                yield self._made(name, (n, width.shape[1]), width.dtype, RouterRows(router, layer))
-        seen: list[str] = []
-        for i, expert in enumerate(self.everyone):
-            if i < len(self.recipe.experts):
-                names = spelling.names(prefix, i)
-            else:
-                names = tuple(f"{prefix}{part[1:].replace('mlp', 'mlp.shared_expert')}" for part in DENSE_MLP)  # type: ignore[assignment]
-            occurrence = seen.count(expert.source_model)
-            seen.append(expert.source_model)
-            for name, suffix in zip(names, DENSE_MLP, strict=True):
-                yield self._expert(expert, occurrence, layer, suffix, name)
+                yield self._made(name, (n, gate.shape[1]), gate.dtype, RouterRows(router, layer))
+        names = [spelling.names(prefix, i) for i in range(len(experts))]
+        names += [spelling.shared_names(prefix) for _ in self.recipe.shared_experts]
+        seen: Counter[str] = Counter()
+        for expert, own_names in zip(self.everyone, names, strict=True):
+            for name, suffix in zip(own_names, DENSE_MLP, strict=True):
+                yield self._expert(expert, seen[expert.source_model], layer, suffix, name)
+            seen[expert.source_model] += 1
 
     def _expert(self, expert: Expert, occurrence: int, layer: int, suffix: str, name: str) -> Planned:
         architecture = self.sources.architecture(expert.source_model)
@@ -203,7 +201,8 @@ class _Planner:
         places += [f"shared_experts[{i}]" for i in range(len(self.recipe.shared_experts))]
         named = [("base_model", self.reference)]
         named += [
-            (f"{place}.source_model", e.source_model) for place, e in zip(places, self.everyone, strict=True)
+            (f"{place}.source_model", e.source_model)
+            for place, e in zip(places, self.everyone, strict=True)
         ]
         told: set[str] = set()
         for place, reference in named:

@@ -39,8 +39,10 @@ class Expert(BaseModel):
 
     @field_validator("positive_prompts", "negative_prompts", mode="before")
     @classmethod
-    def _none_given(cls, value: Any) -> Any:
-        return () if value is None else value
+    def _list_of_texts(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple | None) or not all(isinstance(t, str) for t in value or ()):
+            raise ValueError("it must be a list of texts; write one in []")
+        return tuple(value or ())
 
     @property
     def prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -51,7 +53,9 @@ class Expert(BaseModel):
 class MoeRecipe(Recipe):
     """A mixture of experts with every value fixed: `base_model` gives all but the MLPs."""
 
-    experts: tuple[Expert, ...] = Field(min_length=1)
+    merge_method: Literal["moe"] | None = None
+    """Some recipes say it; mergekit-moe does not read it."""
+    experts: tuple[Expert, ...]
     shared_experts: tuple[Expert, ...] = ()
     """Experts that every token passes through."""
     gate_mode: GateMode = "hidden"
@@ -60,6 +64,13 @@ class MoeRecipe(Recipe):
     architecture: str | None = None
     """Beginning of the name of the model that comes out; null = the first that fits."""
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _some_experts(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError("it must be a list of experts, each with source_model; add some")
+        return value
+
     @field_validator("shared_experts", mode="before")
     @classmethod
     def _no_shared_experts(cls, value: Any) -> Any:
@@ -67,11 +78,7 @@ class MoeRecipe(Recipe):
 
     @model_validator(mode="after")
     def _has_one_body(self) -> MoeRecipe:
-        if self.merge_method not in (None, "moe"):
-            raise ValueError(
-                f"merge_method is {self.merge_method!r} beside experts; write moe, or remove it"
-            )
-        return self
+        return self  # the experts are
 
     @classmethod
     def parse(cls, data: Any, strict: bool = True) -> MoeRecipe:
@@ -147,7 +154,8 @@ class MoeRecipe(Recipe):
                         f"{key}[{i}].positive_prompts is missing; gate_mode {self.gate_mode} makes the "
                         f"router of them, add some, or choose gate_mode: random"
                     )
-        if len(self.experts) > 1 and len({expert.prompts for expert in self.experts}) == 1:
+        prompts = {expert.prompts for expert in self.experts}
+        if len(self.experts) > 1 and len(prompts) == 1 and self.experts[0].positive_prompts:
             yield (
                 "experts have the same prompts, so that the router cannot tell them apart; give each "
                 "prompts of its own, or choose gate_mode: random"

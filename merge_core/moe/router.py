@@ -167,7 +167,8 @@ class _HiddenStates:
         if self._averages:
             # Sums are rounded to bfloat16 before they are divided; `mean` would round once.
             return (states.sum(dim=2) / states.shape[2]).sum(dim=1) / states.shape[1]
-        return states[:, :, -1].mean(dim=1)
+        last: Tensor = states[:, :, -1].mean(dim=1)
+        return last
 
 
 class _Embeddings:
@@ -187,8 +188,10 @@ class _Embeddings:
     def _sum(self, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokens(prompts)
         present = tokens["attention_mask"].unsqueeze(-1).to(self._table.dtype)
-        return (self._table[tokens["input_ids"]] * present).sum(dim=1).sum(dim=0)
+        total: Tensor = (self._table[tokens["input_ids"]] * present).sum(dim=1).sum(dim=0)
+        return total
 
 
 def _normalised(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=_LEAST_NORM)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / lengths.clamp(min=_LEAST_NORM)
