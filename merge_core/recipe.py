@@ -271,8 +271,12 @@ class Recipe(_Part):
         findings = self._findings()
         return findings.faults, findings.unread + findings.notes
 
+    def _own_findings(self) -> Findings:
+        """Check what is no intermediate recipe."""
+        return check_recipe(self, self.parts())
+
     def _findings(self) -> Findings:
-        found = check_recipe(self, self.parts())
+        found = self._own_findings()
         for name, document in self.intermediate.items():
             found.add(check_recipe(document, document.parts()), f"intermediate.{name}.")
         found.faults += intermediate_faults(self)

@@ -224,7 +224,8 @@ def _pack_experts_again(model: Module) -> None:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         weight = getattr(module, "w13_weight", None)
-        if weight is not None and weight.device.type == "cpu" and hasattr(method, "moe_kernel"):
+        is_packed = weight is not None and weight.device.type == "cpu"
+        if is_packed and method is not None and hasattr(method, "moe_kernel"):
             method.moe_kernel = None
 
 

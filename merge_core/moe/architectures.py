@@ -92,9 +92,14 @@ def _qwen2(base: Config, n_experts: int) -> Config:
     config = _qwen(base, n_experts)
     config["shared_expert_intermediate_size"] = base["intermediate_size"]
     config["qkv_bias"] = True
-    if base["model_type"] == "mistral" and base.get("sliding_window"):
-        # Mistral slides in every layer, Qwen only where it is told to.
-        config |= {"use_sliding_window": True, "max_window_layers": 0}
+    # Each family has its own rule for the layers that slide where config.json does not list them.
+    slides = "mistral" if base.get("sliding_window") else ""
+    slides = "qwen2" if base.get("use_sliding_window") else slides
+    if base["model_type"] == slides and not base.get("layer_types"):
+        first = base.get("max_window_layers", 28) if slides == "qwen2" else 0
+        kinds = ("full_attention", "sliding_attention")
+        config["layer_types"] = [kinds[i >= first] for i in range(base["num_hidden_layers"])]
+        config["use_sliding_window"] = True
     return config
 
 

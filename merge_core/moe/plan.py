@@ -95,7 +95,8 @@ def plan_mixture(recipe: MoeRecipe, sources: Sources) -> MergePlan:
         CheckpointError: experts of another architecture, layers or shapes.
         RecipeError: no architecture fits the recipe.
     """
-    return MergePlan(tuple(_Planner(recipe, sources).tensors()))
+    tensors = tuple(_Planner(recipe, sources).tensors())
+    return MergePlan(tensors, results=sources.plans(recipe.inputs()))
 
 
 def config_of_mixture(recipe: MoeRecipe, sources: Sources) -> dict[str, Any]:
@@ -116,8 +117,7 @@ class _Planner:
         if faults:
             raise CheckpointError(faults)
         self.router, self.shared_router = (
-            Router(experts, recipe.gate_mode, self.reference, recipe.random_seed, sources)
-            for experts in (recipe.experts, recipe.shared_experts)
+            Router(experts, recipe, sources) for experts in (recipe.experts, recipe.shared_experts)
         )
 
     def tensors(self) -> Iterator[Planned]:

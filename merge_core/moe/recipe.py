@@ -19,7 +19,15 @@ GateMode = Literal["hidden", "hidden_last", "hidden_avg", "cheap_embed", "random
 RANDOM_GATES = ("random", "uniform_random")
 # Keys of a plain recipe that say something here too.
 _LISTS = ("experts", "shared_experts")
-_SHARED_KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "random_seed", "tokenizer_source")
+_SHARED_KEYS = (
+    "merge_method",
+    "base_model",
+    "dtype",
+    "out_dtype",
+    "random_seed",
+    "tokenizer_source",
+    "intermediate",
+)
 
 
 class Expert(BaseModel):
@@ -95,7 +103,8 @@ class MoeRecipe(Recipe):
             recipe = cls.model_validate({key: data[key] for key in known[""] if key in data})
         except ValidationError as error:
             raise RecipeError(faults + schema_faults(error, known)) from None
-        faults += recipe._findings().faults
+        findings = recipe._findings()
+        faults += findings.faults + (findings.unread if strict else [])
         if faults:
             raise RecipeError(faults)
         return recipe
@@ -109,10 +118,10 @@ class MoeRecipe(Recipe):
         """Return none: nothing is merged layer by layer."""
         return []
 
-    def references(self) -> list[str]:
-        """List the models the recipe reads, each once, base first, then as written."""
+    def inputs(self) -> list[str]:
+        """List the models and intermediate results that are read, each once, base first."""
         experts = [expert.source_model for expert in (*self.experts, *self.shared_experts)]
-        return list(dict.fromkeys([str(self.base_model), *experts]))
+        return list(dict.fromkeys([*([self.base_model] if self.base_model else []), *experts]))
 
     @property
     def is_random(self) -> bool:
@@ -134,7 +143,7 @@ class MoeRecipe(Recipe):
             notes.append("mergekit wants positive_prompts for uniform_random too")
         return notes
 
-    def _findings(self) -> Findings:
+    def _own_findings(self) -> Findings:
         return Findings(list(self._faults()), notes=list(self._notes()))
 
     def _faults(self) -> Iterator[str]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from merge_core.errors import CheckpointError
-from merge_core.moe.recipe import RANDOM_GATES, Expert
+from merge_core.moe.recipe import RANDOM_GATES, Expert, MoeRecipe
 from merge_core.randomness import MaskKey, normals, uniforms
+from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,17 +38,13 @@ class Router:
 
     Args:
         experts: in their order.
-        mode: the recipe's gate_mode.
-        base: reference of the model that runs the prompts.
-        seed: the recipe's random_seed.
+        recipe: gives gate_mode, random_seed, and the base that runs the prompts.
         sources: keeps what prompts gave, for later candidates of a search.
     """
 
-    def __init__(
-        self, experts: Sequence[Expert], mode: str, base: str, seed: int, sources: Sources
-    ) -> None:
-        self._experts, self._mode, self._base, self._seed = experts, mode, base, seed
-        self._sources = sources
+    def __init__(self, experts: Sequence[Expert], recipe: MoeRecipe, sources: Sources) -> None:
+        self._experts, self._recipe, self._sources = experts, recipe, sources
+        self._mode = recipe.gate_mode
         self._lock = Lock()
 
     def prepare(self) -> None:
@@ -58,7 +55,7 @@ class Router:
             known = self._known()
             wanted = [expert.prompts for expert in self._experts if expert.prompts not in known]
             if wanted:
-                known |= prompt_rows(self._base, self._mode, wanted, self._sources)
+                known |= prompt_rows(self._recipe, wanted, self._sources)
 
     def rows(self, layer: int) -> Tensor:
         """Return a layer's rows, shape (experts, hidden), on the CPU."""
@@ -69,17 +66,18 @@ class Router:
         return torch.stack([known[expert.prompts][layer] for expert in self._experts])
 
     def _known(self) -> dict[Prompts, Tensor]:
-        found: dict[Prompts, Tensor] = self._sources.remembered(("router", self._base, self._mode), dict)
+        key = "router", self._mode, _base_alone(self._recipe).to_yaml()
+        found: dict[Prompts, Tensor] = self._sources.remembered(key, dict)
         return found
 
     def _random(self, layer: int) -> list[Tensor]:
         """Draw rows by hash: of one expert the same whatever others there are."""
-        architecture = self._sources.architecture(self._base)
+        architecture = self._sources.architecture(str(self._recipe.base_model))
         width = int(architecture.checkpoint.config["hidden_size"])
         names = [expert.source_model for expert in self._experts]
         rows = []
         for i, name in enumerate(names):
-            key = MaskKey(self._seed, name, names[:i].count(name), f"router.{layer}")
+            key = MaskKey(self._recipe.random_seed, name, names[:i].count(name), f"router.{layer}")
             if self._mode == "random":
                 rows.append(normals(key, 0, width).float())
             else:
@@ -87,9 +85,15 @@ class Router:
         return rows
 
 
-def prompt_rows(
-    base: str, mode: str, prompts: Iterable[Prompts], sources: Sources
-) -> dict[Prompts, Tensor]:
+def _base_alone(recipe: MoeRecipe) -> Recipe:
+    """Return the recipe of the base as it is run, in bfloat16; it may be an intermediate result."""
+    base = str(recipe.base_model)
+    made = recipe.intermediate if base in recipe.intermediate else {}
+    alone = {"merge_method": "passthrough", "models": [{"model": base}], "dtype": "bfloat16"}
+    return Recipe.parse(alone).model_copy(update={"intermediate": made})
+
+
+def prompt_rows(recipe: MoeRecipe, prompts: Iterable[Prompts], sources: Sources) -> dict[Prompts, Tensor]:
     """Compute router rows from prompts.
 
     `hidden` and `hidden_last` take the last token's hidden states where they enter each layer,
@@ -99,19 +103,17 @@ def prompt_rows(
     are summed and normalised, once more after subtraction, and are the same for all layers.
 
     Args:
-        base: reference of the model that runs them.
-        mode: hidden, hidden_last, hidden_avg or cheap_embed.
+        recipe: gives the base, and the mode: hidden, hidden_last, hidden_avg or cheap_embed.
         prompts: for each expert its positive and negative ones.
         sources: gives the base.
 
     Returns:
-        For each pair of prompts a tensor (layers, hidden): bfloat16, or for `cheap_embed` in the
-        embedding's dtype.
+        For each pair of prompts a tensor (layers, hidden): bfloat16, of `cheap_embed` float32.
 
     Raises:
         CheckpointError: the base has no tokenizer, or cannot be run.
     """
-    run = _Embeddings(base, sources) if mode == "cheap_embed" else _HiddenStates(base, mode, sources)
+    run = (_Embeddings if recipe.gate_mode == "cheap_embed" else _HiddenStates)(recipe, sources)
     n_threads = torch.get_num_threads()
     _set_num_threads(1)
     try:
@@ -145,14 +147,13 @@ class _Tokenizer:
 
 
 class _HiddenStates:
-    def __init__(self, base: str, mode: str, sources: Sources) -> None:
+    def __init__(self, recipe: MoeRecipe, sources: Sources) -> None:
         from merge_core.merge import load_merged
-        from merge_core.plan import model_alone
 
-        self._tokens = _Tokenizer(base, sources)
-        alone = model_alone(base).model_copy(update={"dtype": "bfloat16"})
-        self._model = load_merged(alone)
-        self._averages = mode == "hidden_avg"
+        self._tokens = _Tokenizer(str(recipe.base_model), sources)
+        # Over sources of its own, so that its casts are not kept.
+        self._model = load_merged(_base_alone(recipe))
+        self._averages = recipe.gate_mode == "hidden_avg"
 
     def row(self, positive: Sequence[str], negative: Sequence[str]) -> Tensor:
         row = self._states(positive)
@@ -172,9 +173,9 @@ class _HiddenStates:
 
 
 class _Embeddings:
-    def __init__(self, base: str, sources: Sources) -> None:
-        self._tokens = _Tokenizer(base, sources)
-        architecture = sources.architecture(base)
+    def __init__(self, recipe: MoeRecipe, sources: Sources) -> None:
+        self._tokens = _Tokenizer(str(recipe.base_model), sources)
+        architecture = sources.architecture(str(recipe.base_model))
         assert architecture.token_embedding is not None
         self._table = architecture.checkpoint.read(architecture.token_embedding)
         self._n_layers = architecture.n_layers
@@ -187,8 +188,8 @@ class _Embeddings:
 
     def _sum(self, prompts: Sequence[str]) -> Tensor:
         tokens = self._tokens(prompts)
-        present = tokens["attention_mask"].unsqueeze(-1).to(self._table.dtype)
-        total: Tensor = (self._table[tokens["input_ids"]] * present).sum(dim=1).sum(dim=0)
+        present = tokens["attention_mask"].unsqueeze(-1)
+        total: Tensor = (self._table[tokens["input_ids"]].float() * present).sum(dim=1).sum(dim=0)
         return total
 
 

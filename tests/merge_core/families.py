@@ -26,6 +26,8 @@ GPT_NEOX = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "
 GPT2 = {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 31,
         "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
 EXPERTS = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 19}
+MIXTRAL = {**EXPERTS, "num_local_experts": 3}
+QWEN_MOE = {**EXPERTS, "moe_intermediate_size": 11, "num_experts": 5, "num_experts_per_tok": 2}
 # Class of the config, its sizes, and whether mergekit 0.1.5 merges the family.
 FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Llama": ("LlamaConfig", {**SIZES, "tie_word_embeddings": False}, True),
@@ -36,9 +38,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Gemma, tied": ("GemmaConfig", {**SIZES, "head_dim": 12}, True),
     "GPT-NeoX": ("GPTNeoXConfig", {**GPT_NEOX, "num_hidden_layers": 2}, False),
     "GPT-2": ("GPT2Config", GPT2, False),
-    "Mixtral, fused": ("MixtralConfig", {**EXPERTS, "num_local_experts": 3}, False),
-    "Qwen3-MoE, fused": ("Qwen3MoeConfig", {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 11,
-                                            "num_experts": 5, "num_experts_per_tok": 2}, False),
+    "Mixtral, fused": ("MixtralConfig", MIXTRAL, False),
+    "Mixtral, by expert": ("MixtralConfig", MIXTRAL, False),
+    "Qwen2-MoE, by expert": ("Qwen2MoeConfig",
+                             {**QWEN_MOE, "shared_expert_intermediate_size": 13}, False),
+    "Qwen3-MoE, fused": ("Qwen3MoeConfig", {**QWEN_MOE, "head_dim": 8}, False),
+    "Qwen3-MoE, by expert": ("Qwen3MoeConfig", {**QWEN_MOE, "head_dim": 8}, False),
 }  # fmt: skip
 # Size of each fine-tune's move; the same share of it is common to all.
 MOVES = {"x": 0.02, "y": 0.01, "z": 0.004}
@@ -69,7 +74,9 @@ def build_family(folder: Path, name: str, dtype: torch.dtype) -> Stored:
     config, sizes, _ = FAMILIES[name]
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
-    model.to(dtype).save_pretrained(folder / "base", save_original_format=False)
+    # A tensor for each expert is the original format, all in one that of Transformers 5.
+    by_expert = name.endswith("by expert")
+    model.to(dtype).save_pretrained(folder / "base", save_original_format=by_expert)
     base = {key: t.float() for key, t in load_file(folder / "base" / "model.safetensors").items()}
     embedding = next(key for key in base if "emb" in key or "wte" in key)
     base[embedding][0] = 0
