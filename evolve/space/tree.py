@@ -222,7 +222,7 @@ def _without_empty(node: Any) -> Any:
     """Return plain data without the keys that say nothing."""
     if isinstance(node, dict):
         pruned = {key: _without_empty(part) for key, part in node.items()}
-        return {key: part for key, part in pruned.items() if part is not None and part != {}}
+        return {key: part for key, part in pruned.items() if part not in (None, {}, [])}
     return [_without_empty(item) for item in node] if isinstance(node, list) else node
 
 
