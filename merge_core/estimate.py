@@ -116,7 +116,6 @@ def estimate(
     place = nearest_folder(Path(folder))
     device = torch.device(device)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    model = sources.architecture(origin(recipe)).checkpoint
     sizes = [planned.n_bytes for planned in plan]
     write_bytes = sum(sizes) + _other_bytes(recipe, sources, plan, sizes, shard_bytes, with_tokenizer)
     free_bytes = shutil.disk_usage(place).free
@@ -130,7 +129,7 @@ def estimate(
     layers = {split[:2] for planned in plan if (split := split_layer(planned.name))}
     left = memory_left()
     return Estimate(
-        architecture=str((model.config.get("architectures") or ["unknown"])[0]),
+        architecture=str((merged_config(recipe, sources).get("architectures") or ["unknown"])[0]),
         n_layers=max((number for _, number in layers), default=-1) + 1,
         n_tensors=len(plan),
         models=tuple(recipe.references()),

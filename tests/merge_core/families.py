@@ -43,7 +43,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Qwen2-MoE, by expert": ("Qwen2MoeConfig",
                              {**QWEN_MOE, "shared_expert_intermediate_size": 13}, False),
     "Qwen3-MoE, fused": ("Qwen3MoeConfig", {**QWEN_MOE, "head_dim": 8}, False),
-    "Qwen3-MoE, by expert": ("Qwen3MoeConfig", {**QWEN_MOE, "head_dim": 8}, False),
 }  # fmt: skip
 # Size of each fine-tune's move; the same share of it is common to all.
 MOVES = {"x": 0.02, "y": 0.01, "z": 0.004}

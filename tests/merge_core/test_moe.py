@@ -391,7 +391,7 @@ def test_the_card_says_what_the_mixture_is(dense: Any) -> None:
 # ---- mixtures that exist ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Mixtral, by expert", "Qwen3-MoE, by expert", "Mixtral, fused"])
+@pytest.mark.parametrize("name", ["Mixtral, by expert", "Qwen2-MoE, by expert", "Mixtral, fused"])
 def test_a_live_mixture_is_filled_from_either_format(stored: Any, tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
