@@ -62,6 +62,12 @@ def merge(
     unsafe_truncate_embeddings: Annotated[
         bool, Flag(help="cut vocabularies to the smallest; token ids are taken to be equal")
     ] = False,
+    tensor_intersection: Annotated[
+        bool, Flag("--tensor-intersection", "-i", help="files of weights: only the tensors all have")
+    ] = False,
+    tensor_union: Annotated[
+        bool, Flag("--tensor-union", "-u", help="files of weights: the tensors that any has")
+    ] = False,
     transformers_cache: Annotated[
         Path | None, Flag(help="where downloaded models are kept", metavar="DIR")
     ] = None,
@@ -110,6 +116,8 @@ def merge(
     }
     if private and not push_to_hub:
         raise OutputError("--private is given without --push-to-hub; name the repository to make")
+    if tensor_intersection and tensor_union:
+        raise RecipeError("--tensor-intersection and --tensor-union are given; use one of them")
     shard_bytes = _bytes("--out-shard-size", out_shard_size)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -149,6 +157,7 @@ def merge(
     plan_options: dict[str, Any] = {
         "allow_crimes": allow_crimes,
         "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
+        "tensors": "intersection" if tensor_intersection else "union" if tensor_union else "same",
     }
     device = device or ("cuda" if cuda or gpu_rich else "cpu")
     device = resolve_device(None if device == "auto" else device)
@@ -161,7 +170,8 @@ def merge(
     plan = plan_merge(parsed, sources, **plan_options)
     for warning in (*parsed.check()[1], *plan.warnings):
         say(f"warning: {warning}")
-    folder = sources.architecture(origin(parsed)).checkpoint.folder
+    checkpoint = sources.architecture(origin(parsed)).checkpoint
+    folder, copy_tokenizer = checkpoint.folder, copy_tokenizer and not checkpoint.is_state_dict
     if copy_tokenizer and not has_tokenizer(folder):
         say(f"warning: {folder} has no tokenizer files; the merged model will have none")
     if verbose:

@@ -35,6 +35,9 @@ class Architecture:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        if checkpoint.is_state_dict:
+            self._take_as_they_are(list(checkpoint.tensors))
+            return
         names = [name for name, info in checkpoint.tensors.items() if not _is_recomputed(name, info)]
         declared = layer_count(checkpoint.config)
         self.prefix = _layer_prefix(names, declared, checkpoint.reference)
@@ -65,6 +68,13 @@ class Architecture:
             self.layer_name(i, suffix) for i, suffixes in layers.items() for suffix in suffixes
         )
         self._own = {self.common_name(name): name for name in outside}
+
+    def _take_as_they_are(self, names: list[str]) -> None:
+        """Take a state_dict of any kind: tensors by name, no layers, none before another."""
+        self.prefix, self.n_layers, self.layers = "", 0, []
+        self.before, self.after = names, []
+        self.ties_embeddings = False
+        self._names, self._own = frozenset(names), {name: name for name in names}
 
     def layer_name(self, layer: int, suffix: str) -> str:
         """Spell a layer's tensor name."""
@@ -107,7 +117,7 @@ class Architecture:
     def is_vocabulary(self, name: str) -> bool:
         """Tell whether a tensor outside the layers has a row for each token of the vocabulary."""
         info = self.info(name)
-        if info is None or name.startswith(self.prefix) or _is_tower(name):
+        if info is None or not self.layers or name.startswith(self.prefix) or _is_tower(name):
             return False
         is_table = _is_head(name) or is_embedding(name)
         return is_table and info.shape[:1] == (self.vocabulary_size,)

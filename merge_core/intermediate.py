@@ -43,6 +43,7 @@ class MergedCheckpoint(Checkpoint):
     ) -> None:
         self.reference = name
         self.plan = plan_merge(recipe, sources, **plan_options)
+        self.is_state_dict = sources.architecture(donor(recipe)).checkpoint.is_state_dict
         self.folder = sources.architecture(donor(recipe)).checkpoint.folder
         self.tensors = {p.name: TensorInfo("", p.dtype, p.shape) for p in self.plan}
         self._text = text

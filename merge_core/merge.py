@@ -247,6 +247,8 @@ def save_merged(
 ) -> None:
     """Write the merged model as a folder that Transformers loads; it appears only when complete.
 
+    Of files of weights only weights come out, and the recipe.
+
     Args:
         recipe: what to merge.
         folder: where to; it must not exist or be empty, unless `overwrite`.
@@ -269,12 +271,13 @@ def save_merged(
     with complete_folder(Path(folder), overwrite) as part:
         write_shards(layout, _told(stream, on_tensor), part, shard_bytes)
         config = merged_config(recipe, sources)
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if config:
+            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (part / "mergekit_config.yml").write_text(text, encoding="utf-8")
-        if with_card:
+        if with_card and config:
             card = model_card(recipe, sources, plan, Path(folder).resolve().name, text)
             (part / "README.md").write_text(card, encoding="utf-8")
-        if with_tokenizer:
+        if with_tokenizer and config:
             copy_tokenizer(sources.architecture(origin(recipe)).checkpoint.folder, part)
 
 

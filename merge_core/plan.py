@@ -20,7 +20,7 @@ from merge_core.parameters import is_total, value_at
 from merge_core.parts import Levels, Part
 from merge_core.recipe import Recipe
 from merge_core.sources import Sources
-from merge_core.wiring import Leniency, Wire, Wiring, layers_of, vocabulary_rows, wire
+from merge_core.wiring import Leniency, Tensors, Wire, Wiring, layers_of, vocabulary_rows, wire
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +176,7 @@ def plan_merge(
     *,
     allow_crimes: bool = False,
     unsafe_truncate_embeddings: bool = False,
+    tensors: Tensors = "same",
 ) -> MergePlan:
     """List the output tensors and check that every input exists and fits.
 
@@ -185,14 +186,16 @@ def plan_merge(
             too few for the method, the base's own, else the donor's.
         unsafe_truncate_embeddings: merge vocabularies of different sizes over their common leading
             rows.
+        tensors: of files of weights, which tensors come out where they differ, see `Leniency`.
 
     Raises:
         CheckpointError: with the first differing tensors and shapes.
         RecipeError: a required parameter has no value for some tensor, whose name no filter matches.
     """
-    options = {
+    options: dict[str, Any] = {
         "allow_crimes": allow_crimes,
         "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
+        "tensors": tensors,
     }
     sources = sources.within(recipe, **options)
     faults = sources.open_all(recipe.references())
@@ -203,7 +206,7 @@ def plan_merge(
 
         return plan_mixture(recipe, sources)
     parts = recipe.parts()
-    leniency = Leniency(allow_crimes, unsafe_truncate_embeddings)
+    leniency = Leniency(**options)
     wiring = _wiring(parts, donor(recipe), sources, leniency)
     own = [[source.levels for source in part.sources] for part in parts]
     dtype = recipe.out_dtype or recipe.dtype
@@ -215,7 +218,7 @@ def plan_merge(
     faults = list(_value_faults(parts, wiring))
     if faults:
         raise RecipeError(faults)
-    tensors = tuple(
+    planned = tuple(
         Planned(
             name=wired.name,
             method=wired.method,
@@ -229,7 +232,7 @@ def plan_merge(
         )
         for wired in wiring.tensors
     )
-    return MergePlan(tensors, wiring.warnings, sources.plans(recipe.inputs()))
+    return MergePlan(planned, wiring.warnings, sources.plans(recipe.inputs()))
 
 
 def _wiring(parts: Sequence[Part], donor: str, sources: Sources, leniency: Leniency) -> Wiring:
@@ -282,7 +285,8 @@ def _value_faults(parts: Sequence[Part], wiring: Wiring) -> Iterator[str]:
 def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     """Return config.json of the merged model: the donor's, with layers and dtype as merged.
 
-    An output head beside a tied donor unties it, and a smaller vocabulary gives its size.
+    An output head beside a tied donor unties it, and a smaller vocabulary gives its size. Files of
+    weights have none: it is empty.
     """
     sources = sources.within(recipe)
     if isinstance(recipe, MoeRecipe):
@@ -290,6 +294,8 @@ def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
 
         return config_of_mixture(recipe, sources)
     model = sources.architecture(donor(recipe))
+    if model.checkpoint.is_state_dict:
+        return {}
     config = dict(model.checkpoint.config)
     parts = recipe.parts()
     first = [(part.sources[0], sources.architecture(part.sources[0].model)) for part in parts]

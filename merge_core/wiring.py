@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from merge_core.architecture import Architecture
 from merge_core.checkpoint.read import TensorInfo
@@ -21,10 +21,15 @@ from merge_core.sources import Sources
 _SHOWN = 5
 
 
+Tensors = Literal["same", "intersection", "union"]
+
+
 class Leniency(NamedTuple):
     """What is let pass that is refused otherwise.
 
     Attributes:
+        tensors: of files of weights: "same", all must have the same tensors; "intersection", those
+            that all have; "union", those of any, each merged from the models that have it.
         allow_crimes: models of different families, and tensors that only some models have: the
             donor's tensors come out, each merged from the models that have it.
         unsafe_truncate_embeddings: vocabularies of different sizes: their common leading rows.
@@ -32,6 +37,7 @@ class Leniency(NamedTuple):
 
     allow_crimes: bool = False
     unsafe_truncate_embeddings: bool = False
+    tensors: Tensors = "same"
 
 
 class Wire(NamedTuple):
@@ -130,7 +136,7 @@ class _Wirer:
         self.dropped: list[str] = []
 
     def wiring(self) -> Wiring:
-        faults = [*self._family_faults(), *self._range_faults()]
+        faults = [*self._form_faults(), *self._family_faults(), *self._range_faults()]
         if faults:
             raise CheckpointError(faults)
         tensors = tuple(wired for draft in self._drafts() if (wired := self._wired(draft)))
@@ -196,12 +202,16 @@ class _Wirer:
             else:
                 inputs.append(entry)
         present = [*([base] if base else []), *inputs]
-        if lacking and not self.leniency.allow_crimes:
+        if lacking and self.leniency.tensors == "intersection":
+            self.dropped.append(draft.name)
+            return None
+        is_union = self.leniency.tensors == "union"
+        if lacking and not (self.leniency.allow_crimes or is_union):
             other = present[0].model if present else self.donor
             for model, name in lacking:
                 self.differing.setdefault((model, other), []).append(f"{name} is missing in {model}")
             return None
-        if lacking and not draft.donor_has_it:
+        if lacking and not (draft.donor_has_it or is_union):
             self.dropped.append(draft.name)
             return None
         if not present:
@@ -248,6 +258,25 @@ class _Wirer:
                 text = f"{entry.name} is {list(found)} against {list(expected)}"
                 self.differing.setdefault((entry.model, present[0].model), []).append(text)
 
+    def _form_faults(self) -> Iterator[str]:
+        """Refuse files of weights beside whole models, and options that only files have."""
+        everyone = {a.checkpoint.reference: a.checkpoint for row in self.architectures for a in row}
+        kinds = {reference: c.is_state_dict for reference, c in everyone.items()}
+        if len(set(kinds.values())) > 1:
+            file = next(reference for reference, is_file in kinds.items() if is_file)
+            folder = next(reference for reference, is_file in kinds.items() if not is_file)
+            yield (
+                f"model {file!r} is a file of weights and {folder!r} a whole model; name files alone, or "
+                f"folders alone"
+            )
+        elif any(kinds.values()) and any(s.layer_range for part in self.parts for s in part.sources):
+            yield "slices: files of weights have no layers to choose from; write `models:`"
+        elif self.leniency.tensors != "same" and not any(kinds.values()):
+            yield (
+                f"--tensor-{self.leniency.tensors} is for files of weights; for whole models use "
+                f"allow_crimes"
+            )
+
     def _family_faults(self) -> Iterator[str]:
         if self.leniency.allow_crimes:
             return
@@ -283,6 +312,8 @@ class _Wirer:
         for (model, other), texts in self.differing.items():
             lacks = any("is missing in" in text for text in texts)
             hint = ", or keep the donor's tensors alone with allow_crimes" if lacks else ""
+            if lacks and self.model.checkpoint.is_state_dict:
+                hint = ", or choose --tensor-intersection or --tensor-union"
             if any(self.sources.architecture(model).is_vocabulary(text.split()[0]) for text in texts):
                 hint += ", or cut vocabularies to their common rows with unsafe_truncate_embeddings"
             yield (
@@ -301,7 +332,8 @@ class _Wirer:
 
     def _warnings(self) -> Iterator[str]:
         if self.dropped:
-            yield f"tensors that {self.donor!r} lacks are left out: {_shown(self.dropped, ', ')}"
+            who = "some model" if self.leniency.tensors == "intersection" else repr(self.donor)
+            yield f"tensors that {who} lacks are left out: {_shown(self.dropped, ', ')}"
         if self.leniency.unsafe_truncate_embeddings and self.n_rows is not None:
             used = {a.checkpoint.reference: a for row in self.architectures for a in row}
             for reference, architecture in used.items():

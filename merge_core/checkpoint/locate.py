@@ -29,6 +29,19 @@ BIN_PATTERNS = ["pytorch_model*.bin"]
 IGNORED = ["consolidated*", "*/*.safetensors", "*/*.json"]
 
 
+# A model may also be one such file: a state_dict by itself.
+STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def state_dict_file(reference: str) -> Path | None:
+    """Return the file that a reference names, where it is one of weights and not a folder."""
+    try:
+        path = Path(reference).expanduser()
+        return path if path.suffix in STATE_DICT_SUFFIXES and path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # no path, which `locate` says
+        return None
+
+
 @cache
 def locate(reference: str) -> Path:
     """Return the folder that holds the model.
@@ -50,7 +63,10 @@ def locate(reference: str) -> Path:
     if is_dir:
         return path
     if exists:
-        raise CheckpointError(f"model {reference!r} is a file; name the folder that holds config.json")
+        raise CheckpointError(
+            f"model {reference!r} is a file; name the folder that holds config.json, or a file "
+            f"of weights ({', '.join(STATE_DICT_SUFFIXES)})"
+        )
     name, _, revision = reference.partition("@")
     if _can_only_be_a_path(name):
         raise CheckpointError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_core.checkpoint.bin_file import BinFile
-from merge_core.checkpoint.locate import locate
+from merge_core.checkpoint.locate import locate, state_dict_file
 from merge_core.checkpoint.safetensors_file import SafetensorsFile
 from merge_core.checkpoint.safetensors_file import TensorInfo as TensorInfo
 from merge_core.errors import CheckpointError
@@ -32,13 +32,14 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class Checkpoint:
-    """One model's folder, opened for reading: safetensors, else .bin.
+    """One model's folder, opened for reading: safetensors, else .bin; or one file of weights alone.
 
     Several threads may read at the same time.
 
     Attributes:
         reference: the model as written in the recipe.
         folder: where its files are.
+        is_state_dict: whether it is one file of weights, without config.json.
         tensors: name to TensorInfo, of every tensor in every shard.
 
     Raises:
@@ -47,22 +48,25 @@ class Checkpoint:
 
     def __init__(self, reference: str) -> None:
         self.reference = reference
-        self.folder = locate(reference)
+        file = state_dict_file(reference)
+        self.is_state_dict = file is not None
+        self.folder = file.parent if file else locate(reference)
         self.tensors: dict[str, TensorInfo] = {}
         self._views: dict[str, Tensor] = {}
         self._files: dict[str, SafetensorsFile | BinFile] = {}
-        for file, expected in self._shards().items():
-            self._files[file] = opened = self._open(self.folder / file)
+        shards: dict[str, list[str]] = {file.name: []} if file else self._shards()
+        for shard, expected in shards.items():
+            self._files[shard] = opened = self._open(self.folder / shard)
             lacking = next((name for name in expected if name not in opened.tensors), None)
             if lacking is not None:
                 raise CheckpointError(
-                    f"model {reference!r}: the index says that {lacking} is in {file}, which does not "
+                    f"model {reference!r}: the index says that {lacking} is in {shard}, which does not "
                     f"hold it; restore the matching files in {self.folder}"
                 )
             twice = next((name for name in opened.tensors if name in self.tensors), None)
             if twice is not None:
                 raise CheckpointError(
-                    f"model {reference!r}: {twice} is in {self.tensors[twice].file} and in {file}; "
+                    f"model {reference!r}: {twice} is in {self.tensors[twice].file} and in {shard}; "
                     f"restore the matching files in {self.folder}"
                 )
             self.tensors.update(opened.tensors)
@@ -84,7 +88,9 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
+        """The model's config.json; empty for a file of weights."""
+        if self.is_state_dict:
+            return {}
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text())
@@ -140,7 +146,7 @@ class Checkpoint:
                     f"model {self.reference!r}: {path} is a Git LFS pointer and not the weights; "
                     f"run `git lfs pull` there"
                 )
-            kind = BinFile if path.suffix == ".bin" else SafetensorsFile
+            kind = SafetensorsFile if path.suffix == ".safetensors" else BinFile
             return kind(self.reference, path)
         except OSError as error:
             raise CheckpointError(
