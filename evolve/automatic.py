@@ -48,5 +48,7 @@ def resolve_racing(settings: SearchSettings, tasks: TaskSet) -> str:
         )
     if settings.racing != "auto":
         return settings.racing
+    if settings.sampler == "greedy_soup":  # it compares whole scores
+        return "none"
     pays = race is not None and settings.followed == "likelihood" and race.is_worthwhile()
     return "always" if pays else "none"

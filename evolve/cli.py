@@ -68,7 +68,7 @@ def run(
         str | None, typer.Option(help="URL of another storage, such as PostgreSQL")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="auto, cma, tpe, gp, nsga2, nsga3, qmc or random")
+        str | None, typer.Option(help="auto, cma, tpe, gp, nsga2, nsga3, qmc, random or greedy_soup")
     ] = None,
     backend: BackendOption = None,
     workers: Annotated[int, typer.Option(min=1, help="candidates evaluated at once")] = 1,

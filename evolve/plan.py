@@ -15,6 +15,7 @@ from evolve.memory import merged_bytes
 from evolve.objectives import Objectives, constraint_faults
 from evolve.racing import Race
 from evolve.samplers.auto import resolve_sampler
+from evolve.samplers.greedy_soup import soup_faults
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace, Value
 from evolve.tasks import ScoredTask, TaskSet, reference_faults, report_set
@@ -166,6 +167,8 @@ def make_plan(
     n_iterations = search_file.search.n_iterations
     sampler, why = resolve_sampler(search_file.search.sampler, space, n_iterations, n_objectives)
     search_file = search_file.changed(search={"sampler": sampler}, scoring={"backend": backend})
+    if sampler == "greedy_soup" and (unfit := soup_faults(search_file.search, space)):
+        raise SearchFileError(unfit)
     start = space.recipe(space.starts())
     faults = _model_faults(space, start, sources, under_way)
     own: dict[str, dict[str, Value]] = {}

@@ -150,7 +150,9 @@ class Constraint(_Section):
 class SearchSettings(_Section):
     """How candidates are proposed, and how many."""
 
-    sampler: Literal["auto", "cma", "tpe", "gp", "nsga2", "nsga3", "qmc", "random"] = "auto"
+    sampler: Literal["auto", "cma", "tpe", "gp", "nsga2", "nsga3", "qmc", "random", "greedy_soup"] = (
+        "auto"
+    )
     objective: Literal["weighted_sum", "pareto"] = "weighted_sum"
     n_iterations: int = Field(default=100, ge=1)
     """Candidates in all, a hard limit."""

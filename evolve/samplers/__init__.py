@@ -29,7 +29,7 @@ class Proposal:
 class Sampler(Protocol):
     """Proposes candidates; `Proposer` sees to it that none is proposed twice."""
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal | None:
         """Propose trial `number`.
 
         Args:
@@ -38,6 +38,9 @@ class Sampler(Protocol):
                 they were told. Values are maximised; a trial lacks the parameters that its recipe
                 does not read. From call to call the record only grows.
             attempt: counts the proposals for this trial that were turned down.
+
+        Returns:
+            None where it has no more to propose until a candidate that is under way is told.
         """
 
 
@@ -61,6 +64,10 @@ def make_sampler(
         from evolve.samplers.cma import CmaSampler
 
         return CmaSampler(space, seed, sigma0, population_size)
+    if name == "greedy_soup":
+        from evolve.samplers.greedy_soup import GreedySoup
+
+        return GreedySoup(space)
     if name == "qmc":
         from evolve.samplers.qmc import QmcSampler
 

@@ -21,9 +21,9 @@ def resolve_sampler(
     Raises:
         SearchFileError: the sampler cannot have so many objectives.
     """
-    if name == "cma" and n_objectives > 1:
+    if name in ("cma", "greedy_soup") and n_objectives > 1:
         raise SearchFileError(
-            f"search.sampler is cma, which has one objective, and search.objective pareto has "
+            f"search.sampler is {name}, which has one objective, and search.objective pareto has "
             f"{n_objectives} here; use nsga2, tpe or gp"
         )
     if name != "auto":

@@ -48,21 +48,28 @@ class Proposer:
         self._seed = seed
         self._seen: set[tuple[Value, ...]] = set()
         self._n_read = 0
+        self._is_done = False
         self.ending: str | None = None
 
     def propose(self, number: int, trials: Sequence[FrozenTrial]) -> Proposal | None:
         """Propose trial `number`, see Sampler, in active values; None where no candidate is left."""
         self._seen.update(self._key(trial.params) for trial in trials[self._n_read :])
         self._n_read = len(trials)
+        self.ending = None
         for proposal in self._proposals(number, trials):
             if self._key(proposal.values) not in self._seen and self._is_valid(proposal):
                 return proposal
-        self.ending = (
+        self.ending = self._why_none()
+        return None
+
+    def _why_none(self) -> str:
+        if self._is_done:
+            return f"the sampler needs no more than the {len(self._seen)} candidates that are scored"
+        return (
             f"all {len(self._seen)} candidates of the space are scored"
             if self._is_countable
             else f"beside the {len(self._seen)} candidates that are scored no other was found"
         )
-        return None
 
     @property
     def _is_countable(self) -> bool:
@@ -74,8 +81,12 @@ class Proposer:
         for name, values in self._known.items():
             yield Proposal(self._space.active(values), {"known": name})
         first: Proposal | None = None
+        self._is_done = False
         for attempt in range(_ATTEMPTS):
             proposal = self._sampler.propose(number, trials, attempt)
+            if proposal is None:
+                self._is_done = True
+                return
             first = first or proposal
             yield replace(proposal, values=self._space.active(proposal.values))
         assert first is not None

@@ -79,7 +79,7 @@ class StagedSampler:
         self._local = LocalSearch(space, seed)
         self._shifts = [BasisShift(shifted, space, seed, i) for i in range(1, n_rounds)]
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal | None:
         """Propose trial `number`, see Sampler; what no stage can begin with is the main sampler's."""
         n_complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
         sampler: Sampler = self._main
@@ -114,13 +114,15 @@ class BasisShift:
         self._elites: list[int] = []
         self._sampler: Sampler | None = None
 
-    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal | None:
         """Propose trial `number`, see Sampler."""
         own = [t for t in trials if t.user_attrs.get("shift", {}).get("round") == self._round]
         if self._sampler is None:
             self._elites = own[0].user_attrs["shift"]["elites"] if own else _best(trials)[:N_ELITES]
             self._sampler = self._build(_Span(len(self._elites) - 1), self._seed)
         inner = self._sampler.propose(number, [self._in_span(trial) for trial in own], attempt)
+        if inner is None:
+            return None
         points = [_unit(self._space, trials[elite].params) for elite in self._elites]
         u = [inner.values[name] for name in _Span.names(len(points) - 1)]
         point = (
