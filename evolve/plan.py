@@ -247,7 +247,7 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
     for recipe in space.examples():
         donors[origin(recipe)] = None
         try:
-            plan_merge(recipe, sources)
+            faults += space.tensor_faults(planned.name for planned in plan_merge(recipe, sources))
             config = config or merged_config(recipe, sources)
         except MergeError as error:
             faults += error.faults

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from evolve.errors import SearchFileError
 from evolve.genome import GenomeSpace
 from evolve.mergekit_file import MergekitFile, in_our_words
-from evolve.space import SearchSpace, Space
+from evolve.space import LayerPathSpace, SearchSpace, Space
 from merge_core.errors import RecipeError, nearest, schema_faults
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import origin
@@ -261,7 +261,9 @@ def _recipe_keys(data: Mapping[str, Any]) -> Iterable[str]:
     """Return the keys that a file of this kind may have outside the sections."""
     if "genome" in data:
         return MergekitFile.model_fields
-    return MoeRecipe.own_keys() if "experts" in data else Recipe.model_fields
+    if "experts" in data:
+        return MoeRecipe.own_keys()
+    return {*Recipe.model_fields, "layer_path"}
 
 
 def _repeated(settings: _Settings) -> list[str]:
@@ -301,8 +303,9 @@ class SearchFile:
             for key in self.template
             if key not in known
         ]
-        # Slices may have methods of their own, and experts need none.
-        if not {"genome", "merge_method", "slices", "modules", "experts"} & set(data):
+        # Slices may have methods of their own; experts and paths need none.
+        bodies = {"genome", "merge_method", "slices", "modules", "experts", "layer_path"}
+        if not bodies & set(data):
             faults.append("merge_method is missing; it is required, add it")
         schema = _MergekitSettings if self.is_mergekit else _Settings
         try:
@@ -372,6 +375,14 @@ class SearchFile:
         if self.is_mergekit:
             file = MergekitFile.model_validate(self.template)
             return GenomeSpace(file.genome, n_layers, self.search.seed if file.random_init else None)
+
+        if "layer_path" in self.template:
+            if self.search.layer_granularity:
+                raise SearchFileError(
+                    f"search.layer_granularity is {self.search.layer_granularity}; beside layer_path "
+                    f"write layer_path.group"
+                )
+            return LayerPathSpace(self.template, n_layers)
 
         def of_the_merge() -> int:
             plain = Space(self.template)

@@ -33,6 +33,8 @@ def resolve_sampler(
         if n_objectives <= GP_OBJECTIVES and n_iterations <= GP_CANDIDATES and not categories:
             return "gp", f"{n_objectives} objectives, {n_iterations} candidates"
         return "nsga2", f"{n_objectives} objectives"
+    if space.is_local:
+        return "cma", f"{len(space.variables)} variables, which a search changes a few at a time"
     if len(space.variables) < 2:
         return "tpe", "one variable"
     if categories:

@@ -44,10 +44,9 @@ class Mixed:
         self._n_continuous = len(continuous)
         counts = [v.n_values or 0 for v in self._categories]
         likely = np.zeros((len(counts), max(counts, default=0)))
-        for row, n, (_, u) in zip(likely, counts, categories, strict=True):
-            # Half of the draws have the start's choice.
-            row[:n] = 0.5 / (n - 1)
-            row[min(int(u * n), n - 1)] = 0.5
+        for row, n, (v, u) in zip(likely, counts, categories, strict=True):
+            row[:n] = (1 - v.steadiness) / (n - 1)
+            row[min(int(u * n), n - 1)] = v.steadiness
         self._strategy = CatCMAwM(
             x_space=[[0.0, 1.0]] * len(continuous) or None,
             z_space=[np.linspace(0, 1, v.n_values or 0).tolist() for v, _ in stepped] or None,

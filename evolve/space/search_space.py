@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from evolve.space.variable import Value, Variable, holds
@@ -20,8 +20,11 @@ class SearchSpace(ABC):
 
     Attributes:
         variables: in the order that samplers see them.
+        is_local: whether only what is near the start is worth a try at first.
         notes: what a user should know of it, one line each: ranges that do the same.
     """
+
+    is_local = False
 
     def __init__(self) -> None:
         self.variables: list[Variable] = []
@@ -76,6 +79,10 @@ class SearchSpace(ABC):
         starts = self.starts()
         swapped = [{**starts, v.name: choice} for v in self.variables for choice in v.choices or ()]
         return [self.recipe(values) for values in (starts, *swapped)]
+
+    def tensor_faults(self, names: Iterable[str]) -> list[str]:
+        """Say what does not go with the tensors that a candidate has; names as in the models."""
+        return []
 
     def references(self) -> list[str]:
         """List every model that some candidate may use, the start's base first."""

@@ -54,6 +54,7 @@ class Variable:
         step: spacing of the admissible values, None for continuous.
         choices: the values of a category, None for a number.
         condition: when a recipe reads it; () = always.
+        steadiness: of a category, which share of a sampler's first draws keeps the start's choice.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Variable:
     step: float | None = None
     choices: tuple[Value, ...] | None = None
     condition: Condition = ()
+    steadiness: float = 0.5
 
     @property
     def is_integer(self) -> bool:

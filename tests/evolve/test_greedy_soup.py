@@ -18,7 +18,7 @@ from evolve.samplers.greedy_soup import soup_faults
 from evolve.search_file import SearchFile, SearchSettings
 from evolve.space import Space, Value
 
-from ..benchmarks.unstored import search
+from ..benchmarks.unstored import search, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = "configs/quickstart/models"
@@ -93,7 +93,7 @@ def test_it_waits_for_what_is_under_way() -> None:
 
 def test_what_a_soup_cannot_have_is_said() -> None:
     settings = SearchSettings(rounds=2, racing="always", objective="pareto")
-    faults = soup_faults(settings, soups(1))
+    faults = soup_faults(settings, weights(2))
     for said in ("search.rounds is 2", "search.racing is always", "search.objective is pareto"):
         assert any(said in fault for fault in faults)
     assert any("write model: {choices: [MODEL, null]}" in fault for fault in faults)
