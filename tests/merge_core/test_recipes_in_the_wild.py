@@ -32,6 +32,42 @@ WILD: dict[str, tuple[str, list[str], str | None, list[str], int]] = {
         ["org/a"],
         0,
     ),
+    "a tall frankenmerge of many short slices": (
+        """
+        slices:
+        - sources:
+          - model: Xwin-LM/Xwin-LM-70B-V0.1
+            layer_range: [0, 16]
+        - sources:
+          - model: Sao10K/Euryale-1.3-L2-70B
+            layer_range: [8, 24]
+        - sources:
+          - model: Xwin-LM/Xwin-LM-70B-V0.1
+            layer_range: [17, 32]
+        - sources:
+          - model: Sao10K/Euryale-1.3-L2-70B
+            layer_range: [25, 32]
+        merge_method: passthrough
+        dtype: float16
+        """,
+        ["passthrough"],
+        None,
+        ["Xwin-LM/Xwin-LM-70B-V0.1"],
+        0,
+    ),
+    "a model without its middle layers": (
+        """
+        slices:
+          - sources: [{model: org/a, layer_range: [0, 16]}]
+          - sources: [{model: org/a, layer_range: [24, 32]}]
+        merge_method: passthrough
+        dtype: bfloat16
+        """,
+        ["passthrough"],
+        None,
+        ["org/a"],
+        0,
+    ),
     "self-stack that silences outputs": (
         """
         slices:
@@ -76,6 +112,27 @@ WILD: dict[str, tuple[str, list[str], str | None, list[str], int]] = {
         """,
         ["slerp"],
         "org/a",
+        ["org/a", "org/b"],
+        0,
+    ),
+    "slerp of whole models, head and norms by name": (
+        """
+        models:
+          - model: org/a
+          - model: org/b
+        merge_method: slerp
+        base_model: org/b
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.25, 0.5, 0.75, 1]}
+            - {filter: mlp, value: [1, 0.75, 0.5, 0.25, 0]}
+            - {filter: lm_head, value: [0.7]}
+            - {filter: input_layernorm, value: [0.25, 1]}
+            - value: [0.5]
+        dtype: bfloat16
+        """,
+        ["slerp"],
+        "org/b",
         ["org/a", "org/b"],
         0,
     ),
@@ -267,6 +324,45 @@ WILD: dict[str, tuple[str, list[str], str | None, list[str], int]] = {
         "org/base",
         ["org/a", "org/b", "org/base"],
         0,
+    ),
+    "arcee_fusion": (
+        """
+        models: [{model: org/a}]
+        merge_method: arcee_fusion
+        base_model: org/base
+        dtype: bfloat16
+        """,
+        ["arcee_fusion"],
+        "org/base",
+        ["org/a", "org/base"],
+        0,
+    ),
+    "nearswap": (
+        """
+        models: [{model: org/a}]
+        merge_method: nearswap
+        base_model: org/base
+        parameters: {t: [0.02, 0.005]}
+        """,
+        ["nearswap"],
+        "org/base",
+        ["org/a", "org/base"],
+        0,
+    ),
+    "dare_linear with parameters of ties and della": (
+        """
+        models:
+          - {model: org/a, parameters: {weight: 0.6, density: 0.5, epsilon: 0.05, gamma: 0.01}}
+          - {model: org/b, parameters: {weight: 0.4, density: 0.5, normalize: true}}
+        merge_method: dare_linear
+        base_model: org/base
+        parameters: {t: 0.5, int8_mask: true, normalize: false, lambda: 1.05}
+        dtype: bfloat16
+        """,
+        ["dare_linear"],
+        "org/base",
+        ["org/a", "org/b", "org/base"],
+        4,
     ),
     "sce": (
         """
