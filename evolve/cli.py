@@ -247,24 +247,27 @@ def export(
     """Write a trial's recipe as a plain merge config, or those of the front."""
     from evolve.errors import SearchFileError
     from evolve.export import export_yaml
+    from evolve.provenance import head_lines
     from merge_core.checkpoint.write import write_text
 
     study, recipe_of, verdict = _open(folder)
     seed, documents = study.search_file().search.seed, study.note("documents")
     texts = {}
     for member in _exported(study, trial, pareto):
-        holdout = verdict.holdout if verdict and verdict.trial == member.number else {}
-        texts[f"trial-{member.number}.yml"] = export_yaml(
-            recipe_of(member),
+        recipe = recipe_of(member)
+        head = head_lines(
+            recipe,
             study.name,
             member.number,
             seed,
             study.scores(member),
-            {name: vars(interval) for name, interval in holdout.items()},
+            verdict if verdict and verdict.trial == member.number else None,
             documents,
             study.violations(member),
             study.note("notices") or (),
+            study.note("metrics"),
         )
+        texts[f"trial-{member.number}.yml"] = export_yaml(recipe, head)
     whole = "---\n".join(texts.values())
     if output is None:
         print(whole, end="")

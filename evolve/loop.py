@@ -117,6 +117,7 @@ def run(
         study = open_study()
         with study.locked():
             study.keep_note("documents", plan.documents())
+            study.keep_note("metrics", plan.metrics())
             study.keep_note("notices", plan.tasks.notices())
             study.keep_note("n_layers", plan.n_layers)
             study.keep_note("memory", asdict(memory))

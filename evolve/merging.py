@@ -193,6 +193,11 @@ def merge(
     if check:
         print("the merge can begin")
         return
+    from evolve.provenance import read_evaluation
+
+    evaluation, changed = read_evaluation(recipe.read_text(encoding="utf-8"), parsed)
+    if changed and write_model_card:
+        say(f"warning: {changed}")
     for folder, result in results.items():
         save_merged(
             result,
@@ -220,6 +225,7 @@ def merge(
                 shard_bytes=shard_bytes,
                 with_tokenizer=copy_tokenizer,
                 with_card=write_model_card,
+                evaluation=evaluation,
                 device=device,
                 on_tensor=on_tensor,
                 **plan_options,

@@ -123,6 +123,13 @@ class Plan:
             task.key: f"{task.n_documents('search')} reported, {self._drawn(task)}" for task in reported
         }
 
+    def metrics(self) -> dict[str, str]:
+        """Say per task what its score is: metric and filter, where it has one."""
+        return {
+            task.key: f"{task.metric},{task.filter}" if task.filter else task.metric
+            for task in self.tasks.tasks
+        }
+
     def _drawn(self, task: ScoredTask) -> str:
         """Say how documents were chosen, and from which split, as its data set calls it."""
         splits = ", ".join(dict.fromkeys(leaf.split for leaf in task.leaves))

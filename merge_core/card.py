@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -17,9 +19,6 @@ from merge_core.methods import METHODS
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import MergePlan, Sources, origin
 from merge_core.recipe import Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # Begins a line at a recipe's head, a comment there, that the card shows to its readers.
 NOTICE = "notice: "
@@ -30,12 +29,78 @@ _MIXTURES = "https://github.com/arcee-ai/mergekit/blob/main/docs/moe.md"
 _SHOWN = 4
 
 
+class Score(NamedTuple):
+    """A task's score, with its interval where one is known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of a merge's quality.
+
+    Attributes:
+        origin: a sentence on where the recipe comes from.
+        split: which documents were scored: "holdout", those that no candidate was chosen by, or
+            "search".
+        rows: scores by task, of this model first, then of what it is held against.
+        metrics, documents: per task what its score is, and how its documents were split.
+        verdict: a sentence on what was gained, where one was reached.
+    """
+
+    origin: str
+    split: str
+    rows: Mapping[str, Mapping[str, Score]]
+    metrics: Mapping[str, str]
+    documents: Mapping[str, str]
+    verdict: str | None = None
+
+    def section(self) -> str:
+        """Return it as the card's section."""
+        tasks = list(next(iter(self.rows.values())))
+        lines = [f"{self.origin} Scores on the {self.split} documents, with 95% intervals:", ""]
+        if self.split == "search":
+            lines[0] = f"{self.origin} Scores on the very documents that it was chosen by:"
+        lines.append("| | " + " | ".join(tasks) + " |")
+        lines.append("|---" * (len(tasks) + 1) + "|")
+        for name, scores in self.rows.items():
+            cells = [str(scores[task]) if task in scores else "" for task in tasks]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if self.verdict:
+            lines += ["", f"{self.verdict[:1].upper()}{self.verdict[1:]}."]
+        lines.append("")
+        for task in tasks:
+            said = [self.metrics.get(task), self.documents.get(task)]
+            lines.append(f"* {task}: " + "; ".join(text for text in said if text))
+        return "\n".join(lines)
+
+    def index(self, name: str) -> list[dict[str, Any]]:
+        """Return it as the Hub's `model-index`: this model's scores, machine-readable."""
+        results = [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"type": task, "name": f"{task} ({self.split} documents)"},
+                "metrics": [{"type": self.metrics.get(task, "score"), "value": score.value}],
+            }
+            for task, score in next(iter(self.rows.values())).items()
+        ]
+        return [{"name": name, "results": results}]
+
+
 def model_card(
     recipe: Recipe,
     sources: Sources,
     plan: MergePlan,
     title: str,
     recipe_text: str,
+    evaluation: Evaluation | None = None,
 ) -> str:
     """Write the card of a merged model.
 
@@ -45,6 +110,7 @@ def model_card(
         plan: the recipe's output tensors.
         title: what to call the model.
         recipe_text: the recipe as it was given; notices at its head stand at the card's.
+        evaluation: what it scored, where that is known.
 
     Returns:
         Markdown with a YAML front matter.
@@ -57,6 +123,7 @@ def model_card(
         "library_name": "transformers",
         "tags": ["mergekit", "merge", *(["moe"] if isinstance(recipe, MoeRecipe) else [])],
         **_merged_license(stated),
+        **({"model-index": evaluation.index(title)} if evaluation else {}),
     }
     fence = "```" if "```" not in recipe_text else "~~~~~~"
     sections = [
@@ -65,6 +132,7 @@ def model_card(
         *(f"> {notice}" for notice in head_notices(recipe_text)),
         f"## Method\n\n{_method(recipe, plan)}",
         "## Models\n\n" + "\n".join(f"* {_linked(reference)}" for reference in references),
+        *([f"## Evaluation\n\n{evaluation.section()}"] if evaluation else []),
         f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}",
         "## Licence\n\n" + _license_text(stated),
         "## What was left out\n\n" + "\n".join(f"* {line}" for line in _left_out(recipe, sources, plan)),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from merge_core.card import model_card
+from merge_core.card import Evaluation, model_card
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.checkpoint.write import (
     DEFAULT_SHARD_BYTES,
@@ -241,6 +241,7 @@ def save_merged(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     with_tokenizer: bool = True,
     with_card: bool = True,
+    evaluation: Evaluation | None = None,
     device: str | torch.device = "cpu",
     on_tensor: Callable[[str, int], None] | None = None,
     **plan_options: Any,
@@ -256,6 +257,7 @@ def save_merged(
         shard_bytes: largest size of one weights file; <= 0 for a single one.
         with_tokenizer: copy the donor's tokenizer and templates.
         with_card: write README.md.
+        evaluation: what the merge scored, for the card.
         on_tensor: called with name and bytes of each tensor as it goes to the writer.
         plan_options: of `plan_merge`.
 
@@ -275,7 +277,7 @@ def save_merged(
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (part / "mergekit_config.yml").write_text(text, encoding="utf-8")
         if with_card and config:
-            card = model_card(recipe, sources, plan, Path(folder).resolve().name, text)
+            card = model_card(recipe, sources, plan, Path(folder).resolve().name, text, evaluation)
             (part / "README.md").write_text(card, encoding="utf-8")
         if with_tokenizer and config:
             copy_tokenizer(sources.architecture(origin(recipe)).checkpoint.folder, part)

@@ -17,6 +17,7 @@ from evolve.export import export_yaml
 from evolve.judge import frozen_shortlist, shortlist
 from evolve.loop import StudyResult, run
 from evolve.plan import make_plan
+from evolve.provenance import head_lines
 from evolve.report import print_result, result_json
 from evolve.search_file import SearchFile
 from evolve.study import Study, load_outcomes
@@ -188,7 +189,8 @@ def test_what_others_are_measured_on_is_said_at_the_head_and_on_the_card(
 ) -> None:
     said = "searched on mmlu:test: not a leaderboard result"
     assert finished.recipe is not None
-    text = export_yaml(finished.recipe, "s", 1, 0, {}, notices=[said])
+    head = head_lines(finished.recipe, "s", 1, 0, {}, notices=[said])
+    text = export_yaml(finished.recipe, head)
     assert head_notices(text) == [said]
     path = tmp_path / "best.yml"
     path.write_text(text)
