@@ -5,9 +5,10 @@ from __future__ import annotations
 from evolve.errors import SearchFileError
 from evolve.space import SearchSpace
 
-# A Gaussian process finds the larger front (README), but what it costs to ask grows with the cube of
-# the candidates, and steeply with the objectives.
-GP_CANDIDATES, GP_OBJECTIVES = 200, 3
+# A Gaussian process finds the larger front and, while CMA-ES has seen few generations, the better
+# candidate (README); but what it costs to ask grows with the cube of the candidates, and steeply with
+# the objectives.
+GP_CANDIDATES, GP_CANDIDATES_OF_A_FRONT, GP_OBJECTIVES = 50, 200, 3
 
 
 def resolve_sampler(
@@ -30,7 +31,7 @@ def resolve_sampler(
         return name, "as asked"
     categories = [v.name for v in space.variables if v.choices is not None]
     if n_objectives > 1:
-        if n_objectives <= GP_OBJECTIVES and n_iterations <= GP_CANDIDATES and not categories:
+        if n_objectives <= GP_OBJECTIVES and n_iterations <= GP_CANDIDATES_OF_A_FRONT and not categories:
             return "gp", f"{n_objectives} objectives, {n_iterations} candidates"
         return "nsga2", f"{n_objectives} objectives"
     if space.is_local:
@@ -39,4 +40,6 @@ def resolve_sampler(
         return "tpe", "one variable"
     if categories:
         return "tpe", f"{len(categories)} of {len(space.variables)} variables are categories"
+    if n_iterations <= GP_CANDIDATES:
+        return "gp", f"{n_iterations} candidates of {len(space.variables)} numeric variables"
     return "cma", f"{len(space.variables)} numeric variables"

@@ -161,6 +161,7 @@ def test_auto_chooses_by_what_is_searched() -> None:
     models = [{"model": "a", "parameters": {"weight": {"low": 0, "high": 1}}}]
     switch = Space({"merge_method": method, "base_model": "base", "models": models})
     assert resolve_sampler("auto", weights(4), 100)[0] == "cma"
+    assert resolve_sampler("auto", weights(4), 40)[0] == "gp"
     assert resolve_sampler("auto", weights(1), 100)[0] == "tpe"
     assert resolve_sampler("auto", switch, 100)[0] == "tpe"
     assert resolve_sampler("auto", weights(4), 100, 2)[0] == "gp"
