@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from evolve.errors import PausedError, PushError, SearchStoppedError, StorageError, TrialError
+from evolve.errors import (
+    PausedError,
+    PushError,
+    SearchStoppedError,
+    StorageError,
+    TrialError,
+    WorkersLostError,
+)
 from evolve.mergekit_flags import CONSENT, MergekitFlags, with_mergekit_flags
 from evolve.merging import merge
 from evolve.method_table import methods
@@ -34,7 +41,7 @@ EXIT_OTHER, EXIT_INPUT, EXIT_PAUSED = 1, 2, 130
 PAUSED = "paused; everything finished is recorded, run the same command again to go on"
 # How long a pause may take before the process leaves as it is.
 PATIENCE_S = 30
-_NOT_THE_INPUT = (HubUnreachableError, StorageError, SearchStoppedError, PushError)
+_NOT_THE_INPUT = (HubUnreachableError, StorageError, SearchStoppedError, WorkersLostError, PushError)
 
 app = typer.Typer(
     name="evolve",
@@ -146,6 +153,7 @@ def run(
             allow_unsafe_code=allow_unsafe_code,
             progress=_unless_paused(progress),
             under_way=_unless_paused(progress.under_way),
+            say=_unless_paused(progress.say),
         )
     finally:
         progress.close()
@@ -199,7 +207,7 @@ def _check(
     try:
         plan = make_plan(search_file, under_way=under_way, **options)
         under_way(f"starting the {plan.setup.backend} engine")
-        pool = start_pool(plan, workers)
+        pool = start_pool(plan, workers, progress.say)
         try:
             memory = pool.memory(plan.references(), plan.start.dtype)
             rehearsal = rehearse(plan, pool, process_seconds(), under_way)

@@ -6,6 +6,7 @@ line a fault. A `TrialError` is data: the candidate becomes a FAILED trial with 
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ class SearchStoppedError(MergeError):
     """Too many candidates failed, so the search was stopped."""
 
 
+class WorkersLostError(MergeError):
+    """No worker is left, and none can be started in its place; what is finished is recorded."""
+
+
 class PushError(MergeError):
     """A merged model could not be uploaded; it is kept where it was written."""
 
@@ -38,9 +43,14 @@ class PausedError(BaseException):
 
 
 class TrialError(Exception):
-    """A candidate could not be evaluated; `kind` says at which boundary."""
+    """A candidate could not be evaluated; `kind` says at which boundary.
+
+    Attributes:
+        is_unforeseen: whether it is a foreign exception that `boundary` met, and no refusal of ours.
+    """
 
     kind = "unknown"
+    is_unforeseen = False
 
 
 class TrialMergeError(TrialError):
@@ -67,6 +77,12 @@ class TrialWorkerError(TrialError):
     kind = "worker"
 
 
+class TrialTimeoutError(TrialError):
+    """The candidate took longer than it may, and did so again."""
+
+    kind = "timeout"
+
+
 @contextmanager
 def boundary(error: type[TrialError], doing: str) -> Iterator[None]:
     """Attribute any foreign exception to the boundary it crossed; typed ones pass through."""
@@ -75,7 +91,32 @@ def boundary(error: type[TrialError], doing: str) -> Iterator[None]:
     except TrialError:
         raise
     except Exception as foreign:
-        raise error(f"{doing}: {type(foreign).__name__}: {str(foreign) or _line(foreign)}") from foreign
+        raised = error(f"{doing}: {type(foreign).__name__}: {str(foreign) or _line(foreign)}")
+        raised.is_unforeseen = True
+        raise raised from foreign
+
+
+# After these a device, or the engine's own processes, may answer nothing any more, or wrongly.
+_BREAKING_TYPES = ("AcceleratorError", "OutOfMemoryError", "EngineDeadError", "MemoryError")
+_BREAKING_TEXTS = re.compile(
+    "CUDA error|HIP error|device-side assert|(CUBLAS|CUDNN|CUSOLVER|NCCL)[ _](STATUS|error)"
+)
+
+
+def breaks_worker(error: TrialError) -> bool:
+    """Tell whether a worker cannot be trusted after an error: the candidate may not be at fault.
+
+    So after any unforeseen exception of an engine, and after one of a device or its memory wherever
+    it surfaced: a CUDA error leaves its whole process unusable.
+    """
+    if error.is_unforeseen and isinstance(error, TrialEngineError | TrialWorkerError):
+        return True
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ in _BREAKING_TYPES or _BREAKING_TEXTS.search(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _line(foreign: Exception) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
@@ -20,7 +19,6 @@ from evolve.export import keep_current
 from evolve.finals import are_needed, finals
 from evolve.heats import Heats
 from evolve.judge import base_scores, judge, kept_verdict
-from evolve.memory import refuse_too_large
 from evolve.plan import Plan, make_plan
 from evolve.samplers.proposer import Proposer
 from evolve.samplers.stages import sampler_of
@@ -29,25 +27,14 @@ from evolve.study import Study
 from evolve.under_way import UnderWay, nobody_waits
 from evolve.verdict import Verdict
 from evolve.workers import Pool
-from evolve.workers.local import LocalPool
-from evolve.workers.worker import Result, Worker
+from evolve.workers.start import Workers, start_pool
+from evolve.workers.tries import MAX_RETRIES
+from evolve.workers.worker import Result
 from merge_core.recipe import Recipe
 
 Progress = Callable[[str, Study | None, Plan], None]
 # Before so many candidates have finished, a share of failures says little.
 _FEW = 5
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How many workers evaluate candidates, and where.
-
-    `count` 1 is this process; more are Ray actors.
-    """
-
-    count: int = 1
-    gpus_each: float = 0
-    ray_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +59,7 @@ def run(
     allow_unsafe_code: bool = False,
     progress: Progress = lambda event, study, plan: None,
     under_way: UnderWay = nobody_waits,
+    say: UnderWay = nobody_waits,
 ) -> StudyResult:
     """Run a search, or go on with it, up to `n_iterations` candidates in total.
 
@@ -83,10 +71,12 @@ def run(
             constraint refers to it), "answered" (nothing of the result is recorded yet), "told",
             "exhausted" (nothing is left to propose), "final", "baseline" and "verdict".
         under_way: told what is being done before there is a study: downloads, data sets.
+        say: told of workers that are lost and candidates that are tried again.
 
     Raises:
         SearchFileError, ResumeRefusedError: the input is at fault; nothing was written.
         SearchStoppedError: too many candidates failed.
+        WorkersLostError, StorageError: nothing can go on; everything finished is recorded.
         PausedError: a signal asked for a pause; everything finished is recorded.
     """
     began = time.monotonic()
@@ -105,13 +95,15 @@ def run(
         identity, n_values = plan.identity(), len(plan.objectives.names)
         return Study.create_or_resume(folder, storage, plan.search_file, identity, n_values)
 
+    is_apart = False
     if Study.is_in(folder):
         study = open_study()
+        is_apart = bool(suspects(study))
         if (kept := kept_verdict(study, plan)) is not None:
             return _result(study, plan, kept, was_complete=True)
     # A new search writes nothing before its engine is up.
     progress("starting", None, plan)
-    pool = start_pool(plan, workers or Workers())
+    pool = start_pool(plan, workers or Workers(), say, is_apart)
     try:
         memory = pool.memory(plan.references(), plan.start.dtype)
         study = open_study()
@@ -167,15 +159,17 @@ def search(
             if interrupted:
                 trial = interrupted.pop(0)
                 number, values = trial.number, trial.params
+                n_lost = min(int(trial.user_attrs["attempts"]), MAX_RETRIES) if pool.size == 1 else 0
                 study.begin_again(number)
             elif (number := len(trials := study.trials())) >= settings.n_iterations:
                 break
             elif proposal := proposer.propose(number, trials):
-                values = proposal.values
+                values, n_lost = proposal.values, 0
                 study.begin(number, proposal, plan.space)
             else:
                 break
-            pool.submit(heats.begin(number, plan.space.recipe(values)))
+            job = heats.begin(number, plan.space.recipe(values))
+            pool.submit(replace(job, n_lost=n_lost))
             pending += 1
         if not pending:
             if proposer.ending:
@@ -184,13 +178,28 @@ def search(
             return
         result = pool.wait()
         show("answered")
-        if (job := heats.more(result)) is not None:
-            pool.submit(job)
+        if result.n_tries > 1:
+            study.begin_again(int(result.job.name), result.n_tries - 1)
+        if (more := heats.more(result)) is not None:
+            pool.submit(more)
             continue
         record(study, plan, heats, heats.whole(result))
         pending -= 1
         show("told")
         _stop_if_hopeless(study, settings.max_failed_share)
+
+
+def suspects(study: Study) -> list[int]:
+    """List interrupted trials that may have killed the search: they were under way each time it ended.
+
+    A kill from outside is held against nobody, but from inside it looks the same. So such a trial is
+    evaluated in another process, where its end would be seen.
+    """
+    return [
+        trial.number
+        for trial in study.trials()
+        if trial.state == TrialState.RUNNING and int(trial.user_attrs["attempts"]) >= MAX_RETRIES
+    ]
 
 
 def record(study: Study, plan: Plan, heats: Heats, result: Result) -> None:
@@ -229,23 +238,6 @@ def commonest_failure(trials: Sequence[FrozenTrial]) -> str:
         return "none failed"
     (kind, text), n = Counter((f["kind"], f["text"]) for f in failures).most_common(1)[0]
     return f"the commonest cause ({n} times, at {kind}): {text}"
-
-
-def start_pool(plan: Plan, workers: Workers) -> Pool:
-    """Start the workers: this process for one, Ray actors for more.
-
-    Raises:
-        SearchFileError: the engine cannot fit or start with these settings.
-    """
-    n_here = 1 if workers.ray_address else workers.count
-    refuse_too_large(plan.largest, plan.sources, plan.setup.engine.device, n_here)
-    if workers.count == 1 and workers.ray_address is None:
-        return LocalPool(Worker(plan.setup, plan.tasks, plan.sources, plan.report_only))
-    from evolve.workers.ray import RayPool
-
-    on_gpu = plan.setup.engine.device.startswith("cuda")
-    gpus_each = workers.gpus_each or (1 if on_gpu else 0)
-    return RayPool(partial(Worker, plan.setup), workers.count, gpus_each, workers.ray_address)
 
 
 def _result(study: Study, plan: Plan, verdict: Verdict | None, was_complete: bool) -> StudyResult:

@@ -88,6 +88,11 @@ class ProgressLine:
         elif event == "verdict" and self._status:
             self._status.stop()
 
+    def say(self, text: str) -> None:
+        """Say what happened beside the search's own events: a worker was lost, a storage is away."""
+        self._notice.cancel()
+        self._say(text)
+
     def _told(self, study: Study, done: list[FrozenTrial], plan: Plan) -> None:
         n = plan.search_file.search.n_iterations
         latest = max(done, key=lambda trial: int(trial.user_attrs.get("told", -1)))

@@ -175,6 +175,8 @@ class SearchSettings(_Section):
     """Recipe files that are tried first, beside what is known: each model alone, the average."""
     timeout_s: float | None = Field(default=None, gt=0)
     """Stop proposing after so many seconds of this run; finished trials are kept."""
+    candidate_timeout_s: float | None = Field(default=None, gt=0)
+    """How long a candidate may take, merge, load and score; longer ones are stopped, and tried again."""
     max_failed_share: float = Field(default=0.5, gt=0, le=1)
     """Stop when more than this share of the candidates failed (after the first five)."""
     constraints: list[Constraint] = Field(default_factory=list)

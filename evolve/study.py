@@ -212,10 +212,10 @@ class Study:
                 f"study, wait for it to end"
             )
 
-    def begin_again(self, number: int) -> None:
-        """Count another attempt of an interrupted trial."""
+    def begin_again(self, number: int, n_times: int = 1) -> None:
+        """Count further attempts of a trial: it was interrupted, or its worker was lost."""
         trial = self.trials()[number]
-        attempts = int(trial.user_attrs.get("attempts", 1)) + 1
+        attempts = int(trial.user_attrs["attempts"]) + n_times
         self._storage.set_trial_user_attr(trial._trial_id, "attempts", attempts)
 
     def complete(

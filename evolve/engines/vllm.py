@@ -150,10 +150,12 @@ class VllmEngine:
         try:
             by_rank = list(self._llm.collective_rpc("evolve_call", args=(method, *arguments)))
         except Exception as error:
-            raise TrialEngineError(
+            died = TrialEngineError(
                 f"a rank of the vLLM engine has died ({type(error).__name__}: {error!s:.200}); what "
-                f"it said is above; run the same command again, it resumes"
-            ) from error
+                f"it said is above"
+            )
+            died.is_unforeseen = True
+            raise died from error
         failures = [failure for _, failure in by_rank if failure]
         if failures:
             raise TrialEngineError(failures[0])

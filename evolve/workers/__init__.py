@@ -1,6 +1,7 @@
 """Workers: who evaluates candidates. `local` is this process, `ray` are actors in others.
 
-Both hold a `Worker` and offer the same pool interface: submit jobs, wait for results.
+Both offer the same pool interface: submit jobs, wait for results. A worker that is lost is replaced
+and its job tried again (`tries`); `start` chooses the pool.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ class Evaluates(Protocol):
 
     def evaluate(self, job: Job) -> Result:
         """Evaluate one job; a candidate's failure is part of the result, never raised."""
+
+    def restart(self) -> None:
+        """Start the engine anew; a pool in the same process asks for it, others make another worker.
+
+        Raises:
+            TrialError: it does not start.
+        """
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure this process."""

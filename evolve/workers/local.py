@@ -1,22 +1,36 @@
-"""The pool of one worker in this process: no Ray, the default."""
+"""The pool of one worker in this process: no Ray, the default.
+
+An engine that breaks is started anew here, and its candidate is tried again. What takes the whole
+process with it, or leaves a device unusable for it, ends this run, and the next one goes on; and
+nothing here can stop a computation that does not end (`search.candidate_timeout_s` takes a process).
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 
+from evolve.errors import TrialError, WorkersLostError
 from evolve.memory import Memory
+from evolve.under_way import UnderWay, nobody_waits
 from evolve.workers import Evaluates
+from evolve.workers.tries import Tries
 from evolve.workers.worker import Job, Result
 
 
 class LocalPool:
-    """Evaluates one job at a time, when it is waited for."""
+    """Evaluates one job at a time, when it is waited for.
+
+    Args:
+        worker: this process's.
+        say: told what is lost and tried again.
+    """
 
     size = 1
 
-    def __init__(self, worker: Evaluates) -> None:
+    def __init__(self, worker: Evaluates, say: UnderWay = nobody_waits) -> None:
         self._worker = worker
+        self._say = say
         self._jobs: deque[Job] = deque()
 
     def submit(self, job: Job) -> None:
@@ -24,8 +38,31 @@ class LocalPool:
         self._jobs.append(job)
 
     def wait(self) -> Result:
-        """Evaluate the oldest job."""
-        return self._worker.evaluate(self._jobs.popleft())
+        """Evaluate the oldest job.
+
+        Raises:
+            WorkersLostError: the engine broke, and none can be started in its place.
+        """
+        tries = Tries(self._jobs.popleft())
+        while True:
+            tries.n += 1
+            result = self._worker.evaluate(tries.job)
+            if not result.broke_worker or result.failure is None:
+                return tries.done(result)
+            kind, text = result.failure
+            self._restart(tries, text)
+            if (failed := tries.lose(kind, text, is_repeatable=True)) is not None:
+                return failed
+            self._say(f"{tries}: {text:.300}; the engine was started anew, it is tried again")
+
+    def _restart(self, tries: Tries, text: str) -> None:
+        try:
+            self._worker.restart()
+        except TrialError as error:
+            raise WorkersLostError(
+                f"{tries}: {text:.300}; the engine cannot be started again in this process "
+                f"({error!s:.200}); run the same command again, it goes on where it was"
+            ) from error
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure this process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from evolve.engines import Engine, EngineSettings, shape, start_engine
-from evolve.errors import TrialEngineError, TrialError, TrialMergeError, boundary
+from evolve.errors import (
+    TrialEngineError,
+    TrialError,
+    TrialMergeError,
+    TrialWorkerError,
+    boundary,
+    breaks_worker,
+)
 from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet, report_set
@@ -39,6 +47,7 @@ class Job:
         in_reverse: whether the requests are sent in another order.
         signal: what the documents are scored by.
         documents: only these of the splits; None = all.
+        n_lost: how many workers it has cost already, as far as is known.
     """
 
     name: str
@@ -49,6 +58,7 @@ class Job:
     in_reverse: bool = False
     signal: Signal = "metric"
     documents: Documents | None = None
+    n_lost: int = 0
 
 
 @dataclass
@@ -67,13 +77,18 @@ class Seconds:
 class Result:
     """Outcomes by prompting and split, or what failed.
 
-    `failure` is (kind, text) of a TrialError.
+    Attributes:
+        failure: (kind, text) of a TrialError.
+        broke_worker: whether the worker that failed must not be used again.
+        n_tries: how often a pool began the job.
     """
 
     job: Job
     outcomes: dict[Prompting, dict[Split, Outcomes]] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
     failure: tuple[str, str] | None = None
+    broke_worker: bool = False
+    n_tries: int = 1
 
 
 @dataclass(frozen=True)
@@ -203,43 +218,59 @@ class Worker:
         """Measure what sources and engine take; see `evolve.memory.measure`."""
         return measure(self.engine, self.sources, references, dtype)
 
+    def restart(self) -> None:
+        """Start the engine anew, whatever state the old one is in.
+
+        Raises:
+            TrialEngineError: it does not start.
+        """
+        with contextlib.suppress(Exception):  # a broken engine may not even close
+            self._stop()
+        self._shape, self._held = None, None
+        self._fit(self.setup.engine)
+
     def evaluate(self, job: Job) -> Result:
         """Merge, load and score; a failure is part of the result, never raised."""
         result = Result(job)
-        seconds = result.seconds
         try:
-            # Before the candidate's weights: a new bank may load those of its references.
-            with boundary(TrialEngineError, "preparing the requests"):
-                banks = {
-                    (prompting, split): self._bank(prompting, split)
-                    for prompting in job.promptings
-                    for split in job.splits
-                }
-            began = time.perf_counter()
-            self._fit(self._settings(job.recipe))
-            for (prompting, _), bank in banks.items():
-                bank.ask(self.engine.lm(Path(locate(prompting.tokenizer))))
-            fitting = time.perf_counter() - began
-            # A candidate that is asked block by block is loaded once.
-            if job.documents is None or job.recipe != self._held:
-                seconds.merge, seconds.load = self._load(job.recipe)
-            seconds.load += fitting
-            began = time.perf_counter()
-            for (prompting, split), bank in banks.items():
-                with boundary(TrialEngineError, "answering the requests"):
-                    its_own: Split = "search" if split == "report" else split
-                    outcomes = bank.answer(
-                        its_own, job.signal, documents=job.documents, in_reverse=job.in_reverse
-                    )
-                    result.outcomes.setdefault(prompting, {})[split] = outcomes
-            seconds.score = time.perf_counter() - began
-            for by_split in result.outcomes.values():
-                for split, outcomes in by_split.items():
-                    for task in self._tasks_of(split).following(job.signal).tasks:
-                        # A few documents may be of other entries only.
-                        if outcomes[task.key] or job.documents is None:
-                            task.score(outcomes[task.key])
+            with boundary(TrialWorkerError, "evaluating the candidate"):
+                self._evaluate(job, result)
         except TrialError as error:
             result.outcomes = {}
             result.failure = (error.kind, str(error))
+            result.broke_worker = breaks_worker(error)
         return result
+
+    def _evaluate(self, job: Job, result: Result) -> None:
+        # Before the candidate's weights: a new bank may load those of its references.
+        with boundary(TrialEngineError, "preparing the requests"):
+            banks = {
+                (prompting, split): self._bank(prompting, split)
+                for prompting in job.promptings
+                for split in job.splits
+            }
+        seconds = result.seconds
+        began = time.perf_counter()
+        self._fit(self._settings(job.recipe))
+        for (prompting, _), bank in banks.items():
+            bank.ask(self.engine.lm(Path(locate(prompting.tokenizer))))
+        fitting = time.perf_counter() - began
+        # A candidate that is asked block by block is loaded once.
+        if job.documents is None or job.recipe != self._held:
+            seconds.merge, seconds.load = self._load(job.recipe)
+        seconds.load += fitting
+        began = time.perf_counter()
+        for (prompting, split), bank in banks.items():
+            with boundary(TrialEngineError, "answering the requests"):
+                its_own: Split = "search" if split == "report" else split
+                outcomes = bank.answer(
+                    its_own, job.signal, documents=job.documents, in_reverse=job.in_reverse
+                )
+                result.outcomes.setdefault(prompting, {})[split] = outcomes
+        seconds.score = time.perf_counter() - began
+        for by_split in result.outcomes.values():
+            for split, outcomes in by_split.items():
+                for task in self._tasks_of(split).following(job.signal).tasks:
+                    # A few documents may be of other entries only.
+                    if outcomes[task.key] or job.documents is None:
+                        task.score(outcomes[task.key])
