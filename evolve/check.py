@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from evolve.forecast import foretell
-from evolve.loop import Workers
 from evolve.memory import Memory
 from evolve.merge_progress import duration
 from evolve.plan import Plan
@@ -20,6 +19,7 @@ from evolve.rehearsal import Rehearsal, amounts
 from evolve.samplers.stages import sampler_of
 from evolve.space.variable import Variable
 from evolve.tasks import Split
+from evolve.workers.start import Workers
 from merge_core.machine import in_units
 
 # On so many of the documents two candidates of a search are taken to differ: one right, one wrong.

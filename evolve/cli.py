@@ -12,6 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -31,10 +32,10 @@ from evolve.method_table import methods
 from merge_core.errors import HubUnreachableError, MergeError
 
 if TYPE_CHECKING:
-    from evolve.loop import Workers
     from evolve.search_file import SearchFile
     from evolve.study import Study
     from evolve.verdict import Verdict
+    from evolve.workers.start import Workers
 
 MAX_FAULTS = 20
 EXIT_OTHER, EXIT_INPUT, EXIT_PAUSED = 1, 2, 130
@@ -128,8 +129,9 @@ def run(
         _warn_of_benchmarks(search_file)
     _quiet_libraries()
     from evolve import loop
+    from evolve.workers import start
 
-    placed = loop.Workers(workers, gpus_per_worker, ray_address)
+    placed = start.Workers(workers, gpus_per_worker, ray_address)
     if check:
         options = {
             "device": device,
@@ -143,18 +145,19 @@ def run(
 
     progress = ProgressLine()
     try:
-        result = loop.run(
-            search_file,
-            folder=storage_path,
-            storage=storage,
-            workers=placed,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            allow_unsafe_code=allow_unsafe_code,
-            progress=_unless_paused(progress),
-            under_way=_unless_paused(progress.under_way),
-            say=_unless_paused(progress.say),
-        )
+        with redirect_stdout(sys.stderr):  # Ray prints there when it loses a worker
+            result = loop.run(
+                search_file,
+                folder=storage_path,
+                storage=storage,
+                workers=placed,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                allow_unsafe_code=allow_unsafe_code,
+                progress=_unless_paused(progress),
+                under_way=_unless_paused(progress.under_way),
+                say=_unless_paused(progress.say),
+            )
     finally:
         progress.close()
     data, folder = result_json(result), result.study.folder
@@ -196,10 +199,10 @@ def _check(
     search_file: SearchFile, workers: Workers, price: float | None, as_json: bool, **options: Any
 ) -> None:
     from evolve.check import check_json, print_check
-    from evolve.loop import start_pool
     from evolve.plan import make_plan
     from evolve.progress import ProgressLine
     from evolve.rehearsal import rehearse
+    from evolve.workers.start import start_pool
     from merge_core.machine import process_seconds
 
     progress = ProgressLine()
@@ -442,8 +445,8 @@ def _unless_paused(progress: Callable[..., None]) -> Callable[..., None]:
 
 
 def _pause(signum: int, frame: Any) -> NoReturn:
-    # A second signal stops at once.
-    signal.signal(signum, signal.SIG_DFL)
+    for each in (signal.SIGINT, signal.SIGTERM):  # a second one, whichever, stops at once
+        signal.signal(each, _leave)
     _signals.append(signum)
     # An exception out of nowhere may leave a lock behind that something waits for at the end.
     signal.signal(signal.SIGALRM, _leave)
@@ -453,7 +456,7 @@ def _pause(signum: int, frame: Any) -> NoReturn:
 
 def _leave(signum: int, frame: Any) -> NoReturn:
     """Go without tidying up: what is finished was recorded when it was finished."""
-    _say(PAUSED)
+    os.write(sys.stderr.fileno(), f"{PAUSED}\n".encode())  # print may be at work below this
     os._exit(EXIT_PAUSED)
 
 

@@ -6,10 +6,12 @@ line a fault. A `TrialError` is data: the candidate becomes a FAILED trial with 
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from merge_core.errors import MergeError
 
@@ -123,3 +125,21 @@ def _line(foreign: Exception) -> str:
     """Quote the line that raised, for an assertion that says nothing else."""
     *_, last = traceback.extract_tb(foreign.__traceback__)
     return f"{last.line} ({last.filename}:{last.lineno})"
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Say what to do where a folder's disk is full; other errors pass through.
+
+    Raises:
+        StorageError: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageError(
+            f"the disk of {folder} is full; everything finished is recorded, make room and run the same "
+            f"command again, it goes on where it was"
+        ) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from evolve.errors import SearchStoppedError, TrialError
+from evolve.errors import SearchStoppedError, TrialError, full_disk_told
 from evolve.export import keep_current
 from evolve.finals import are_needed, finals
 from evolve.heats import Heats
@@ -93,21 +93,24 @@ def run(
 
     def open_study() -> Study:
         identity, n_values = plan.identity(), len(plan.objectives.names)
-        return Study.create_or_resume(folder, storage, plan.search_file, identity, n_values)
+        with full_disk_told(folder):
+            return Study.create_or_resume(folder, storage, plan.search_file, identity, n_values)
 
     is_apart = False
     if Study.is_in(folder):
         study = open_study()
-        is_apart = bool(suspects(study))
         if (kept := kept_verdict(study, plan)) is not None:
             return _result(study, plan, kept, was_complete=True)
+        for number in suspects(study):
+            is_apart = True
+            say(f"candidate {number} was under way whenever the search ended; it gets a process apart")
     # A new search writes nothing before its engine is up.
     progress("starting", None, plan)
     pool = start_pool(plan, workers or Workers(), say, is_apart)
     try:
         memory = pool.memory(plan.references(), plan.start.dtype)
         study = open_study()
-        with study.locked():
+        with study.locked(), full_disk_told(folder):
             study.keep_note("documents", plan.documents())
             study.keep_note("metrics", plan.metrics())
             study.keep_note("notices", plan.tasks.notices())

@@ -489,8 +489,12 @@ def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
     ]
     schema = pa.schema(list(_OUTCOME_COLUMNS.items()))
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-    part.replace(path)
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load_outcomes(path: Path) -> dict[Split, Outcomes]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoint.read import Checkpoint
+from merge_core.shared import SharedTensors
 
 Place = Literal["device", "pinned", "mapped"]
 Name = TypeVar("Name")
@@ -68,6 +69,7 @@ class Residence:
         keep: bool = False,
         host_budget: int | None = None,
         device_budget: int | None = None,
+        shared: SharedTensors | None = None,
     ) -> None:
         """Set the budgets, all in bytes.
 
@@ -76,10 +78,12 @@ class Residence:
             host_budget: for casts on the CPU, or pinned copies; default half of what is available.
             device_budget: for tensors on the accelerator; default half of what is free on it when
                 the first one is asked for, after the engine has taken its part.
+            shared: where casts on the CPU are kept together with other processes; None = in this one.
         """
         if host_budget is None:
             host_budget = available_host_bytes() // 2 if keep else 0
         self._keeps = keep
+        self._shared = shared
         self._host_left = host_budget
         self._device_budget = device_budget
         self._device_left: dict[torch.device, int] = {}
@@ -128,8 +132,7 @@ class Residence:
             return _on_device(checkpoint.read(name), dtype, device)
         kept = self._kept.get(key)
         if kept is None:
-            make = _on_device if place == "device" else _in_host_memory
-            made = make(checkpoint.read(name), dtype, device)
+            made = self._made(key, place)
             with self._lock:
                 kept = self._kept.setdefault(key, made)
         if place == "device" or device.type == "cpu":
@@ -144,6 +147,19 @@ class Residence:
         computing.wait_event(arrived)
         tensor.record_stream(computing)
         return tensor
+
+    def _made(self, key: _Key, place: Place) -> Tensor:
+        checkpoint, name, dtype, device = key
+        if place == "device":
+            return _on_device(checkpoint.read(name), dtype, device)
+
+        def make() -> Tensor:
+            return _in_host_memory(checkpoint.read(name), dtype, device)
+
+        if self._shared is None or device.type != "cpu":
+            return make()
+        text = f"{checkpoint.reference} {name} {dtype}"
+        return self._shared.get(text, checkpoint.tensors[name].shape, dtype, make)
 
     def prefetch(
         self, checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device

@@ -24,15 +24,18 @@ class Sources:
     Args:
         keep: keep cast or copied tensors too, within half of the memory that is free: for a
             search, where they are wanted again.
+        shared_as: keep casts once for all processes of this host that give the same name.
     """
 
-    def __init__(self, keep: bool = False) -> None:
+    def __init__(self, keep: bool = False, shared_as: str | None = None) -> None:
         # Not before: torch takes a second to import, and who reads a search file needs none.
         from merge_core.residence import Residence, available_host_bytes
+        from merge_core.shared import SharedTensors
         from merge_core.statistics import StatisticsCache
 
         self.keeps = keep
-        self.residence = Residence(keep)
+        self._shared = SharedTensors(shared_as) if keep and shared_as else None
+        self.residence = Residence(keep, shared=self._shared)
         self._architectures: dict[str, Architecture] = {}
         self._structures: dict[Hashable, Any] = {}
         self._recipes: Mapping[str, Recipe] = {}
@@ -125,3 +128,9 @@ class Sources:
                 del self._structures[next(iter(self._structures))]
             self._structures[structure] = value
         return self._structures[structure]
+
+    def close(self) -> None:
+        """Leave what is shared with other processes."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None

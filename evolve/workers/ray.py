@@ -37,6 +37,8 @@ from evolve.workers.worker import Job, Result
 _MAX_STARTS, _START_AGAIN_S = 3, 5.0
 # How long no worker may be up before that is said.
 _PATIENCE_S = 30.0
+# How long workers that are idle may take to tidy up.
+_CLOSE_S = 5.0
 # What torch takes its number of threads from; either may stand in the environment already.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -149,7 +151,7 @@ class RayPool:
                 raise _unwrapped(error) from None
             except ray.exceptions.RayError as error:
                 self._free.remove(actor)
-                self._start_failed(f"it died while it was measured: {_first_line(error)}")
+                self._start_failed(f"it died while it was measured: {_last_line(error)}")
 
     def submit(self, job: Job) -> None:
         """Give a job to a free worker, now or as soon as one is."""
@@ -167,7 +169,13 @@ class RayPool:
         return self._done.popleft()
 
     def close(self) -> None:
-        """Kill the actors, whatever they are doing; stop Ray where it was started or joined here."""
+        """End the actors, whatever they are doing; stop Ray where it was started or joined here."""
+        with contextlib.suppress(Exception):  # what is not tidied up is killed
+            ray.wait(
+                [actor.close.remote() for actor in self._free],
+                num_returns=len(self._free),
+                timeout=_CLOSE_S,
+            )
         actors = [*self._starting.values(), *self._free, *(each.actor for each in self._busy.values())]
         for actor in actors:
             _kill(actor)
@@ -220,7 +228,7 @@ class RayPool:
             self._start_failed(str(fault))
         except ray.exceptions.RayError as error:
             _kill(actor)
-            self._start_failed(_first_line(error))
+            self._start_failed(_last_line(error))
         else:
             self._n_failed_starts, self._was_up = 0, True
             self._free.append(actor)
@@ -317,7 +325,7 @@ def _unwrapped(error: ray.exceptions.RayTaskError) -> Exception:
     return cause if isinstance(cause, SearchFileError | TrialError) else error
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1][:300]
 
 
@@ -354,3 +362,7 @@ class _Actor:
     def evaluate(self, job: Job) -> Result:
         """Evaluate one job."""
         return self._worker.evaluate(job)
+
+    def close(self) -> None:
+        """Give back what the worker holds beyond its process."""
+        self._worker.close()

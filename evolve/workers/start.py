@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from evolve.errors import SearchFileError
 from evolve.memory import refuse_too_large
@@ -33,9 +34,7 @@ class Workers:
 def start_pool(
     plan: Plan, workers: Workers, say: UnderWay = nobody_waits, is_apart: bool = False
 ) -> Pool:
-    """Start the workers: this process for one, Ray actors for more.
-
-    One worker is an actor, too, where candidates have a time limit: only a process can be stopped.
+    """Start the workers: this process for one, Ray actors for more; see `needs_actors`.
 
     Args:
         say: told what is lost, replaced and tried again.
@@ -46,22 +45,30 @@ def start_pool(
     """
     n_here = 1 if workers.ray_address else workers.count
     refuse_too_large(plan.largest, plan.sources, plan.setup.engine.device, n_here)
-    timeout_s = plan.search_file.search.candidate_timeout_s
-    if workers == Workers(gpus_each=workers.gpus_each) and timeout_s is None and not is_apart:
+    if not needs_actors(plan, workers, is_apart):
         return LocalPool(Worker(plan.setup, plan.tasks, plan.sources, plan.report_only), say)
     import torch
 
     from evolve.workers.ray import RayPool
 
     gpus_each = gpus_wanted(plan.setup.engine.device, plan.setup.engine.options, workers.gpus_each)
-    setup = plan.setup
+    setup = replace(plan.setup, shared_as=uuid4().hex)
     # On this machine no more threads than this process has: one worker apart gives the same numbers.
     n_threads = None if workers.ray_address else torch.get_num_threads()
     if gpus_each:  # Ray shows a worker its own devices alone
         setup = replace(setup, engine=replace(setup.engine, device=setup.engine.device.split(":")[0]))
-    limit_s = time_limit(plan, timeout_s)
+    limit_s = time_limit(plan, plan.search_file.search.candidate_timeout_s)
     start = partial(Worker, setup)
     return RayPool(start, workers.count, gpus_each, workers.ray_address, n_threads, limit_s, say)
+
+
+def needs_actors(plan: Plan, workers: Workers, is_apart: bool = False) -> bool:
+    """Tell whether the workers are processes of their own.
+
+    One is, too, where candidates have a time limit: only a process can be stopped.
+    """
+    is_elsewhere = workers.count > 1 or workers.ray_address is not None
+    return is_elsewhere or is_apart or plan.search_file.search.candidate_timeout_s is not None
 
 
 def gpus_wanted(device: str, options: dict[str, Any], gpus_each: float) -> float:

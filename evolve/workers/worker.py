@@ -100,6 +100,7 @@ class WorkerSetup:
         engine: how to start it.
         tasks, scoring, seed: give the same TaskSet, and so the same documents, everywhere.
         report_only: tasks whose documents are the split "report".
+        shared_as: names what the workers of a host keep together; None = nothing.
         prompting: the merge's own; its requests are built at the start.
         signal: what the sampler follows.
     """
@@ -113,6 +114,7 @@ class WorkerSetup:
     allow_unsafe_code: bool = False
     signal: Signal = "metric"
     report_only: tuple[TaskSpec, ...] = ()
+    shared_as: str | None = None
 
 
 class Worker:
@@ -141,7 +143,7 @@ class Worker:
             setup.seed,
             allow_unsafe_code=setup.allow_unsafe_code,
         )
-        self.sources = sources or Sources(keep=True)
+        self.sources = sources or Sources(keep=True, shared_as=setup.shared_as)
         self.engine: Engine = start_engine(setup.backend, setup.engine)
         self._shape: str | None = shape(setup.engine)
         self._held: Recipe | None = None
@@ -210,9 +212,10 @@ class Worker:
         return seconds
 
     def close(self) -> None:
-        """Stop the engine and forget the requests."""
+        """Stop the engine, forget the requests, leave the sources."""
         self._banks.clear()
         self._stop()
+        self.sources.close()
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure what sources and engine take; see `evolve.memory.measure`."""

@@ -133,8 +133,12 @@ def _is_alive(pid: int) -> bool:
 def write_text(path: Path, text: str) -> None:
     """Write a file through a temporary name, so that no reader sees half of it."""
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_shards(

@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 from evolve.intervals import gain_interval, score_interval
-from evolve.loop import Workers, start_pool
 from evolve.plan import make_plan
 from evolve.study import Study, load_outcomes
+from evolve.workers.start import Workers, start_pool
 from evolve.workers.worker import Job
 from merge_core.recipe import Recipe
 

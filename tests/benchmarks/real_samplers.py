@@ -27,12 +27,13 @@ import numpy as np
 from signals import scored, testbed_case
 
 from evolve.intervals import gain_interval
-from evolve.loop import Workers, run, start_pool
+from evolve.loop import run
 from evolve.plan import Plan, make_plan
 from evolve.search_file import SearchFile
 from evolve.space import Value
 from evolve.tasks import Outcomes
 from evolve.workers import Pool
+from evolve.workers.start import Workers, start_pool
 
 ARMS = ("auto", "random", "mergekit-evolve", "default")
 

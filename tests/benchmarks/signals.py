@@ -28,11 +28,12 @@ from typing import Any, get_args
 import yaml
 
 from evolve.intervals import gain_interval
-from evolve.loop import StudyResult, Workers, run, start_pool
+from evolve.loop import StudyResult, run
 from evolve.plan import Plan, make_plan
 from evolve.search_file import SearchFile, Signal
 from evolve.tasks import Outcomes, Split
 from evolve.workers import Pool
+from evolve.workers.start import Workers, start_pool
 from evolve.workers.worker import Job
 
 ROOT = Path(__file__).resolve().parents[2]

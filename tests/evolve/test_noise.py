@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evolve.judge import judge
-from evolve.loop import Workers, run, start_pool
+from evolve.loop import run
 from evolve.noise import Change, Noise, measured
 from evolve.plan import make_plan
 from evolve.report import result_json, study_json
@@ -13,6 +13,7 @@ from evolve.search_file import ScoringSettings, SearchFile, TaskSpec
 from evolve.study import Study
 from evolve.tasks import Outcome, Outcomes, TaskSet
 from evolve.verdict import Verdict, conclude
+from evolve.workers.start import Workers, start_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 

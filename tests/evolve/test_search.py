@@ -15,12 +15,13 @@ import torch
 from optuna.trial import TrialState
 
 from evolve.engines.hf import HfEngine
-from evolve.errors import ResumeRefusedError, SearchStoppedError
+from evolve.errors import ResumeRefusedError, SearchStoppedError, StorageError
 from evolve.evaluation import EvalOptions, evaluate_models
-from evolve.loop import StudyResult, Workers, run
+from evolve.loop import StudyResult, run
 from evolve.report import result_json
 from evolve.search_file import SearchFile
 from evolve.study import Study, load_outcomes
+from evolve.workers.start import Workers
 from merge_core.merge import merged_tensors, save_merged
 from merge_core.recipe import Recipe
 
@@ -160,6 +161,42 @@ def test_a_signal_pauses_with_130_and_nothing_is_lost(tmp_path: Path) -> None:
     states = [t.state for t in Study.open(tmp_path / "s").trials()]
     assert set(states[:2]) == {TrialState.COMPLETE}
     assert set(states) <= {TrialState.COMPLETE, TrialState.RUNNING}
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once_and_nothing_finished_is_lost(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "evolve.cli", "run", "configs/quickstart.yml", "--limit", "10"]
+    process = subprocess.Popen(
+        [*command, "--storage-path", str(tmp_path / "s")], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("s/outcomes/trial-2.parquet")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "paused" in err
+    states = [t.state for t in Study.open(tmp_path / "s").trials()]
+    assert set(states[:2]) == {TrialState.COMPLETE}
+
+
+@pytest.mark.parametrize("file", ["outcomes/trial-3.parquet", "best.yml"])
+def test_a_full_disk_pauses_and_leaves_nothing_half_written(
+    finished: StudyResult, tmp_path: Path, file: str
+) -> None:
+    folder = tmp_path / "s"
+    run(small(2), folder=folder)
+    (folder / "best.yml").write_text("of another trial")  # to be written anew
+    part = folder / f"{file}.part-{os.getpid()}"
+    part.symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"disk of .* is full; .*run the same command again"):
+        run(small(), folder=folder)
+    assert not part.is_symlink()
+    assert not list(folder.rglob("*.part*"))
+    resumed = run(small(), folder=folder)
+    assert told(resumed.study) == told(finished.study)
+    assert Recipe.load(folder / "best.yml") == finished.recipe
 
 
 @pytest.mark.parametrize(
