@@ -88,7 +88,8 @@ class RayPool:
         self._make = start
         self._limit_s = limit_s
         self._say = say
-        self._starting: dict[Any, Any] = {}
+        # Of workers that start: the actor, and how often in a row its like have failed to.
+        self._starting: dict[Any, tuple[Any, int]] = {}
         self._free: list[Any] = []
         self._busy: dict[Any, _Evaluation] = {}
         self._backlog: deque[Tries] = deque()
@@ -120,16 +121,16 @@ class RayPool:
             max_restarts=0,
             runtime_env={"env_vars": dict.fromkeys(_THREADS, str(n_threads))},
         )(_Actor)
-        # When to start a worker again that did not start, of `time.monotonic`.
-        self._due: list[float] = []
-        self._n_failed_starts, self._was_up = 0, False
+        # When (of `time.monotonic`) to start a worker again that has failed to so often in a row.
+        self._due: list[tuple[float, int]] = []
+        self._was_up = False
         self._silent_since = time.monotonic()
         for _ in range(size):
             self._start()
 
-    def _start(self) -> None:
+    def _start(self, n_failed: int = 0) -> None:
         actor = self._actor_class.remote(self._make, os.getcwd())
-        self._starting[actor.ready.remote()] = actor
+        self._starting[actor.ready.remote()] = actor, n_failed
 
     # ---- the pool's interface -------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class RayPool:
                 raise _unwrapped(error) from None
             except ray.exceptions.RayError as error:
                 self._free.remove(actor)
-                self._start_failed(f"it died while it was measured: {_last_line(error)}")
+                self._start_failed(f"it died while it was measured: {_last_line(error)}", 0)
 
     def submit(self, job: Job) -> None:
         """Give a job to a free worker, now or as soon as one is."""
@@ -176,8 +177,8 @@ class RayPool:
                 num_returns=len(self._free),
                 timeout=_CLOSE_S,
             )
-        actors = [*self._starting.values(), *self._free, *(each.actor for each in self._busy.values())]
-        for actor in actors:
+        starting = [actor for actor, _ in self._starting.values()]
+        for actor in (*starting, *self._free, *(each.actor for each in self._busy.values())):
             _kill(actor)
         if self._owns_ray:
             ray.shutdown()
@@ -195,11 +196,12 @@ class RayPool:
     def _step(self) -> None:
         """Wait until something happens, and act on it."""
         now = time.monotonic()
-        for due in [due for due in self._due if due <= now]:
+        for due in [due for due in self._due if due[0] <= now]:
             self._due.remove(due)
-            self._start()
+            self._start(due[1])
         waited_for = [*self._busy, *self._starting]
-        until = min([now + _PATIENCE_S, *self._due, *(each.deadline for each in self._busy.values())])
+        dues = [due for due, _ in self._due] + [each.deadline for each in self._busy.values()]
+        until = min([now + _PATIENCE_S, *dues])
         if waited_for:
             ready, _ = ray.wait(waited_for, num_returns=1, timeout=max(0.0, until - now))
         else:
@@ -209,7 +211,7 @@ class RayPool:
             if reference in self._busy:
                 self._answered(reference, self._busy.pop(reference))
             else:
-                self._started(reference, self._starting.pop(reference))
+                self._started(reference, *self._starting.pop(reference))
         for reference, late in list(self._busy.items()):
             if late.deadline <= time.monotonic():
                 del self._busy[reference]
@@ -217,7 +219,7 @@ class RayPool:
         self._tell_if_nobody_works()
         self._hand_out()
 
-    def _started(self, reference: Any, actor: Any) -> None:
+    def _started(self, reference: Any, actor: Any, n_failed: int) -> None:
         try:
             ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -225,27 +227,28 @@ class RayPool:
             if isinstance(fault, SearchFileError):
                 raise fault from None
             _kill(actor)
-            self._start_failed(str(fault))
+            self._start_failed(str(fault), n_failed)
         except ray.exceptions.RayError as error:
             _kill(actor)
-            self._start_failed(_last_line(error))
+            if _is_of_the_host(error):
+                self._start(n_failed)
+            else:
+                self._start_failed(_last_line(error), n_failed)
         else:
-            self._n_failed_starts, self._was_up = 0, True
+            self._was_up = True
             self._free.append(actor)
 
-    def _start_failed(self, why: str) -> None:
+    def _start_failed(self, why: str, n_failed: int) -> None:
         """Try again in a while; after some failures in a row go on without this worker."""
-        self._n_failed_starts += 1
         text = f"a worker could not start: {' '.join(why.split())[:300]}"
         is_the_last = not (self._free or self._busy or self._starting or self._due)
-        if is_the_last and (self._n_failed_starts >= _MAX_STARTS or not self._was_up):
+        if is_the_last and (n_failed + 1 >= _MAX_STARTS or not self._was_up):
             raise WorkersLostError(f"{text}; correct it and run the same command again")
-        if self._n_failed_starts < _MAX_STARTS:
-            self._due.append(time.monotonic() + _START_AGAIN_S)
-            text += "; it is tried again"
+        if n_failed + 1 < _MAX_STARTS:
+            self._due.append((time.monotonic() + _START_AGAIN_S, n_failed + 1))
+            self._say(f"{text}; it is tried again")
         else:
-            text += "; the search goes on without it"
-        self._say(text)
+            self._say(f"{text}; the search goes on without it")
 
     def _answered(self, reference: Any, evaluation: _Evaluation) -> None:
         tries, actor = evaluation.tries, evaluation.actor
