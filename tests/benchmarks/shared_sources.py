@@ -16,11 +16,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from kill_workers import actors
+
 from evolve.loop import run
 from evolve.search_file import SearchFile
 from evolve.workers.start import Workers
-
-from kill_workers import actors
 
 MB = 1024
 
