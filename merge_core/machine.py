@@ -105,6 +105,21 @@ def _control_groups() -> Iterator[Path]:
             yield from (at for at in (group, *group.parents) if at.is_relative_to(root))
 
 
+# How many processes of this machine keep tensors, this one included.
+_n_processes = 1
+
+
+def divide_memory(n_processes: int) -> None:
+    """Have this process keep no more than its part, being one of so many that keep tensors here."""
+    global _n_processes
+    _n_processes = n_processes
+
+
+def n_processes() -> int:
+    """Return how many processes of this machine keep tensors, as far as this one was told."""
+    return _n_processes
+
+
 def give_back_freed_memory() -> None:
     """Have the C library return every large block to the system as soon as it is freed.
 

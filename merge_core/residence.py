@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoint.read import Checkpoint
+from merge_core.machine import n_processes
 from merge_core.shared import SharedTensors
 
 Place = Literal["device", "pinned", "mapped"]
@@ -81,7 +82,8 @@ class Residence:
             shared: where casts on the CPU are kept together with other processes; None = in this one.
         """
         if host_budget is None:
-            host_budget = available_host_bytes() // 2 if keep else 0
+            available = host_share_bytes() if shared is None else available_host_bytes()
+            host_budget = available // 2 if keep else 0
         self._keeps = keep
         self._shared = shared
         self._host_left = host_budget
@@ -237,6 +239,11 @@ def _in_host_memory(view: Tensor, dtype: torch.dtype, device: torch.device) -> T
     # torch rounds pinned memory up to a power of two; that is left to the budget's other half.
     kept = torch.empty(view.shape, dtype=dtype, pin_memory=device.type == "cuda")
     return kept.copy_(view)
+
+
+def host_share_bytes() -> int:
+    """Return how much memory this process may take beside others like it; see `divide_memory`."""
+    return available_host_bytes() // n_processes()
 
 
 def available_host_bytes() -> int:

@@ -29,7 +29,7 @@ class Sources:
 
     def __init__(self, keep: bool = False, shared_as: str | None = None) -> None:
         # Not before: torch takes a second to import, and who reads a search file needs none.
-        from merge_core.residence import Residence, available_host_bytes
+        from merge_core.residence import Residence, host_share_bytes
         from merge_core.shared import SharedTensors
         from merge_core.statistics import StatisticsCache
 
@@ -41,7 +41,7 @@ class Sources:
         self._recipes: Mapping[str, Recipe] = {}
         self._plan_options: Mapping[str, Any] = {}
         self._results: dict[str, tuple[str, Architecture]] = {}
-        self.statistics = StatisticsCache(available_host_bytes() // 4 if keep else 0)
+        self.statistics = StatisticsCache(host_share_bytes() // 4 if keep else 0)
 
     def within(self, recipe: Recipe, **plan_options: Any) -> Sources:
         """Return these sources as a recipe sees them: its intermediate results are models too.

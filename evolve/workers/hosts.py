@@ -26,20 +26,20 @@ def cpus_each(hosts: Sequence[Host], size: int, gpus_each: float = 0) -> float |
         None where the GPUs do not suffice.
     """
 
-    def places(cpus: float) -> int:
-        return sum(
-            min(
-                int(host.cpus / cpus + 1e-9),
-                int(host.gpus / gpus_each + 1e-9) if gpus_each else size,
-            )
-            for host in hosts
-        )
+    def fit(cpus: float) -> bool:
+        return sum(places(host, cpus, gpus_each, size) for host in hosts) >= size
 
     for whole in range(int(max((host.cpus for host in hosts), default=0)), 0, -1):
-        if places(whole) >= size:
+        if fit(whole):
             return whole
     for sharing in range(2, size + 1):
         share = (_PARTS // sharing) / _PARTS
-        if places(share) >= size:
+        if fit(share):
             return share
     return None
+
+
+def places(host: Host, cpus_each: float, gpus_each: float, size: int) -> int:
+    """Count the workers, of `size`, that a host has room for."""
+    by_cpus = int(host.cpus / cpus_each + 1e-9)
+    return min(size, by_cpus, int(host.gpus / gpus_each + 1e-9) if gpus_each else size)

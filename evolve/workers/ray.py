@@ -29,9 +29,10 @@ from evolve.errors import (
 from evolve.memory import Memory
 from evolve.under_way import UnderWay, nobody_waits
 from evolve.workers import Evaluates
-from evolve.workers.hosts import Host, cpus_each
+from evolve.workers.hosts import Host, cpus_each, places
 from evolve.workers.tries import Tries
 from evolve.workers.worker import Job, Result
+from merge_core.machine import divide_memory
 
 # How often in a row a worker may fail to start, and how long to wait before the next attempt.
 _MAX_STARTS, _START_AGAIN_S = 3, 5.0
@@ -121,6 +122,7 @@ class RayPool:
             max_restarts=0,
             runtime_env={"env_vars": dict.fromkeys(_THREADS, str(n_threads))},
         )(_Actor)
+        self._n_on_host = max(places(host, cpus, gpus_each, size) for host in hosts)
         # When (of `time.monotonic`) to start a worker again that has failed to so often in a row.
         self._due: list[tuple[float, int]] = []
         self._was_up = False
@@ -129,7 +131,7 @@ class RayPool:
             self._start()
 
     def _start(self, n_failed: int = 0) -> None:
-        actor = self._actor_class.remote(self._make, os.getcwd())
+        actor = self._actor_class.remote(self._make, os.getcwd(), self._n_on_host)
         self._starting[actor.ready.remote()] = actor, n_failed
 
     # ---- the pool's interface -------------------------------------------------------------------
@@ -335,7 +337,8 @@ def _last_line(error: Exception) -> str:
 class _Actor:
     """The actor's body: a worker in the driver's working directory."""
 
-    def __init__(self, start: Callable[[], Evaluates], working_directory: str) -> None:
+    def __init__(self, start: Callable[[], Evaluates], working_directory: str, n_on_host: int) -> None:
+        divide_memory(n_on_host)
         self._fault: Exception | None = None
         try:
             os.chdir(working_directory)

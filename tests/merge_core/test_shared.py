@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from merge_core.machine import divide_memory
+from merge_core.residence import available_host_bytes, host_share_bytes
 from merge_core.shared import SharedTensors
 from merge_core.sources import Sources
 
@@ -76,3 +78,10 @@ def test_shared_casts_are_the_casts(
     one.close()
     other.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_processes_keep_alone_they_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merge_core.machine._n_processes", 1)
+    assert host_share_bytes() == pytest.approx(available_host_bytes(), rel=0.1)
+    divide_memory(4)
+    assert host_share_bytes() == pytest.approx(available_host_bytes() / 4, rel=0.1)
