@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -32,6 +34,8 @@ from evolve.workers.start import Workers, gpus_wanted, needs_actors, time_limit
 from evolve.workers.tries import MAX_RETRIES, Tries
 from evolve.workers.worker import Job, Result, Worker
 from merge_core.recipe import Recipe
+
+from .failing import save_vllm_models, search, write_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = Recipe.parse({"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]})
@@ -353,3 +357,24 @@ def test_a_time_limit_takes_a_process_of_its_own(plan: Plan) -> None:
     assert needs_actors(plan, Workers(), is_apart=True)
     limited = plan.search_file.changed(search={"candidate_timeout_s": 5.0})
     assert needs_actors(replace(plan, search_file=limited), Workers())
+
+
+@pytest.mark.vllm
+def test_an_actor_has_an_engine_of_several_ranks(tmp_path: Path) -> None:
+    """In another process vLLM's ranks are that process's own; the search ends as with one rank here."""
+    models = save_vllm_models(tmp_path / "m")
+    tasks = write_tasks(tmp_path / "tasks")
+    file = search(tasks, "plain", models, backend="vllm", engine={"tensor_parallel_size": 2})
+    path = tmp_path / "search.yml"
+    path.write_text(file.changed(search={"candidate_timeout_s": 300.0}).to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-m", "evolve.cli", "run", str(path), "--storage-path", str(tmp_path / "s")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    trials = Study.open(tmp_path / "s").trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2
