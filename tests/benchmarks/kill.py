@@ -3,9 +3,10 @@
     python tests/benchmarks/kill.py [--kills 30] [--racing] [--seed 0]
 
 `kill -9` goes to the whole process group. Most kills come at a random moment after the candidates
-began, some at a random moment of the start, and every third at one of the short phases that a
-random moment seldom meets: outcomes being written, a trial being told, a recipe being exported, each
-at a random candidate. What the process was doing is read from its stack, dumped just before.
+began, every tenth at a random moment of the start, and every third in one of the short phases that a
+random moment seldom meets, at a random candidate: outcomes being written, a trial being told, a
+recipe being exported, the next candidate being proposed and merged. What the process was doing is
+read from its stack, dumped just before.
 
 After each kill the record is opened: no finished trial may be missing, doubled or changed. The
 search is then resumed; where it ends before the next kill, its trials and its best.yml have to be
@@ -45,6 +46,7 @@ main()
 # By the innermost function of ours that is one of these.
 PHASES = {
     "propose": "proposing",
+    "sampler_of": "proposing",
     "begin": "proposing",
     "merge_and_load": "merging and loading",
     "fill": "merging and loading",
@@ -55,8 +57,11 @@ PHASES = {
     "keep_current": "exporting",
     "judge": "at the end",
     "finals": "at the end",
+    "search": "between",
 }
-SHORT = ("writing outcomes", "telling", "exporting")
+SHORT = ("writing outcomes", "telling", "exporting", "next")
+# How long after a trial's outcomes the next one is proposed and merged, at most.
+NEXT_S = 0.15
 _IN_MOVED_TO, _IN_CREATE = 0x80, 0x100
 HANGS_AFTER_S = 600.0
 
@@ -165,6 +170,7 @@ class Run:
                     n -= {
                         "writing outcomes": is_outcomes and not is_renamed,
                         "telling": is_outcomes and is_renamed,
+                        "next": is_outcomes and is_renamed,
                         "exporting": name.startswith("best.yml"),
                     }[phase]
                 if n <= 0:
@@ -256,7 +262,10 @@ def _wait(run: Run, rng: random.Random, found: Disturbed) -> None:
     if run.has_ended():
         return
     if found.n_kills % 3 == 1:
-        run.reaches(SHORT[found.n_kills // 3 % len(SHORT)], rng.randint(1, 6))
+        phase = SHORT[found.n_kills // 3 % len(SHORT)]
+        run.reaches(phase, rng.randint(1, 6))
+        if phase == "next":
+            time.sleep(rng.uniform(0, NEXT_S))
         return
     until = time.monotonic() + rng.uniform(0, found.seconds / 3)
     while time.monotonic() < until and not run.has_ended():
