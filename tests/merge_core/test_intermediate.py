@@ -144,6 +144,24 @@ def test_config_tokenizer_and_models_are_those_on_disk(file: Path, llamas: Any) 
     assert tensors["model.layers.5.mlp.up_proj.weight"].dtype == torch.bfloat16
 
 
+def test_a_mixture_of_results_is_that_of_the_results_written(
+    tmp_path: Path,
+) -> None:
+    """The router too: its prompts are run by the result."""
+    models = Path(__file__).resolve().parents[2] / "configs/quickstart/models"
+    half = {"merge_method": "linear", "models": [{"model": f"{models}/{n}"} for n in ("base", "reverse")]}
+    experts = [{"source_model": f"{models}/sort", "positive_prompts": ["sort abc"]}]
+
+    def mixture(base: str, **more: Any) -> Recipe:
+        own = {"source_model": base, "positive_prompts": ["reverse abc"]}
+        return Recipe.parse({"base_model": base, "experts": [own, *experts], "dtype": "float32", **more})
+
+    recipe = mixture("half", intermediate={"half": half})
+    save_merged(recipe.result("half"), tmp_path / "half")
+    written = mixture(str(tmp_path / "half"))
+    assert equal(dict(merged_tensors(recipe)), dict(merged_tensors(written)))
+
+
 def test_the_yaml_reads_back_and_every_document_keeps_its_place(file: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(file)
     (tmp_path / "again.yml").write_text(recipe.to_yaml())

@@ -478,6 +478,86 @@ def test_a_published_recipe_survives_its_own_yaml(tmp_path, text):
     assert Recipe.load(tmp_path / "r.yml", strict=False) == recipe
 
 
+# name: (text, models in order, notes)
+MIXTURES: dict[str, tuple[str, list[str], int]] = {
+    "four specialists, negative prompts too": (
+        """
+        base_model: mlabonne/Marcoro14-7B-slerp
+        experts:
+          - source_model: openchat/openchat-3.5-1210
+            positive_prompts:
+            - "chat"
+            - "assistant"
+            - "tell me"
+            - "explain"
+            - "I want"
+          - source_model: beowolx/CodeNinja-1.0-OpenChat-7B
+            positive_prompts: ["code", "python", "javascript", "programming", "algorithm"]
+          - source_model: maywell/PiVoT-0.1-Starling-LM-RP
+            positive_prompts: ["storywriting", "write", "scene", "story", "character"]
+            negative_prompts: ["mathematics", "code"]
+          - source_model: WizardLM/WizardMath-7B-V1.1
+            positive_prompts: ["reason", "math", "mathematics", "solve", "count"]
+        """,
+        [
+            "mlabonne/Marcoro14-7B-slerp",
+            "openchat/openchat-3.5-1210",
+            "beowolx/CodeNinja-1.0-OpenChat-7B",
+            "maywell/PiVoT-0.1-Starling-LM-RP",
+            "WizardLM/WizardMath-7B-V1.1",
+        ],
+        0,
+    ),
+    "a method that says so, gates of embeddings": (
+        """
+        merge_method: moe
+        base_model: org/base
+        gate_mode: cheap_embed
+        dtype: bfloat16
+        experts_per_token: 2
+        experts:
+          - {source_model: org/a, positive_prompts: [""]}
+          - {source_model: org/b, positive_prompts: ["b"], residual_scale: 0.5}
+        """,
+        ["org/base", "org/a", "org/b"],
+        0,
+    ),
+    "one model many times, to be trained": (
+        """
+        base_model: org/base
+        gate_mode: random
+        dtype: bfloat16
+        experts: [{source_model: org/base}, {source_model: org/base}]
+        """,
+        ["org/base"],
+        2,
+    ),
+    "a mixture of merges": (
+        """
+        base_model: soup
+        experts:
+          - {source_model: soup, positive_prompts: [a]}
+          - {source_model: org/b, positive_prompts: [b]}
+        intermediate:
+          soup: {merge_method: linear, models: [{model: org/base}, {model: org/a}]}
+        """,
+        ["org/base", "org/a", "org/b"],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "models", "n_notes"), MIXTURES.values(), ids=MIXTURES)
+def test_a_published_mixture_is_read(tmp_path, text, models, n_notes):
+    recipe = Recipe.parse(yaml.safe_load(text))
+    faults, warnings = recipe.check()
+    assert faults == []
+    assert len(warnings) == n_notes
+    assert recipe.references() == models
+    (tmp_path / "r.yml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "r.yml") == recipe
+
+
 def test_all_references_of_a_recipe_are_known_base_first():
     found = {
         name: Recipe.parse(yaml.safe_load(entry[0]), False).references() for name, entry in WILD.items()
