@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+from merge_core.checkpoint.apart import has_joined_experts, spelling_of
 from merge_core.checkpoint.read import Checkpoint, TensorInfo, split_layer
 from merge_core.errors import CheckpointError
+from merge_core.experts import Spelling
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("lm_head.", "embed_out.", "output_embedding", "output.weight", "output_projection")
@@ -102,6 +104,16 @@ class Architecture:
         tables = [name for name in self.before if is_embedding(name) and not _is_tower(name)]
         tables = [name for name in tables if not any(word in name for word in _POSITIONS)]
         return next((name for name in tables if len(self.checkpoint.tensors[name].shape) == 2), None)
+
+    @cached_property
+    def expert_spelling(self) -> Spelling | None:
+        """How single experts are spelled; None where they are joined or there are none."""
+        return spelling_of(self.checkpoint.tensors)
+
+    @cached_property
+    def has_joined_experts(self) -> bool:
+        """Whether all experts of a layer are in one tensor."""
+        return has_joined_experts(self.checkpoint.tensors)
 
     @property
     def has_head(self) -> bool:

@@ -111,6 +111,7 @@ def estimate(
         OutputError: nothing can be written beside `folder`.
     """
     began = time.perf_counter()
+    sources = sources.within(recipe, **plan_options)
     plan = plan_merge(recipe, sources, **plan_options)
     plan_s = time.perf_counter() - began
     place = nearest_folder(Path(folder))
@@ -217,6 +218,9 @@ class _Rows(Checkpoint):
         tensor = self._whole.read(name)
         n = self.tensors[name].shape[0] if tensor.dim() else 0
         return tensor.narrow(0, (tensor.shape[0] - n) // 2, n) if tensor.dim() else tensor
+
+    def prefetch(self, name: str) -> None:
+        self._whole.prefetch(name)
 
 
 class _SampleSources(Sources):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merge_core.architecture import Architecture
+from merge_core.checkpoint.apart import ApartCheckpoint
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError, RecipeError
+from merge_core.experts import Spelling
 
 if TYPE_CHECKING:
     from merge_core.plan import MergePlan
@@ -41,20 +43,40 @@ class Sources:
         self._recipes: Mapping[str, Recipe] = {}
         self._plan_options: Mapping[str, Any] = {}
         self._results: dict[str, tuple[str, Architecture]] = {}
+        self._apart: Mapping[str, Spelling] = {}
+        self._taken_apart: dict[tuple[str, Spelling], Architecture] = {}
         self.statistics = StatisticsCache(host_share_bytes() // 4 if keep else 0)
 
     def within(self, recipe: Recipe, **plan_options: Any) -> Sources:
-        """Return these sources as a recipe sees them: its intermediate results are models too.
+        """Return these sources as a recipe sees them.
+
+        Its intermediate results are models too. Where one mixture's experts are joined and
+        another's are not, all are seen one by one.
 
         Args:
             recipe: gives the results their names.
             plan_options: of `plan_merge`, for the recipes of those results.
         """
-        if not recipe.intermediate:
+        apart = self._to_be_taken_apart(recipe)
+        if not recipe.intermediate and not apart:
             return self
         view = copy.copy(self)
-        view._recipes, view._plan_options = recipe.intermediate, plan_options
+        view._apart = {**self._apart, **apart}
+        if recipe.intermediate:
+            view._recipes, view._plan_options = recipe.intermediate, plan_options
         return view
+
+    def _to_be_taken_apart(self, recipe: Recipe) -> dict[str, Spelling]:
+        """Find the models whose experts are joined while another's are not, and how to spell them."""
+        try:
+            opened = {name: self.architecture(name) for name in recipe.references()}
+        except CheckpointError:  # told with those of all models, when they are opened for the plan
+            return {}
+        spellings = [model.expert_spelling for model in opened.values()]
+        spelling = next((found for found in spellings if found), None)
+        if spelling is None:
+            return {}
+        return {name: spelling for name, model in opened.items() if model.has_joined_experts}
 
     def architecture(self, reference: str) -> Architecture:
         """Open a model, or return it where it is open already.
@@ -66,7 +88,17 @@ class Sources:
             return self._result(reference)
         if reference not in self._architectures:
             self._architectures[reference] = Architecture(Checkpoint(reference))
+        if reference in self._apart:
+            return self._with_single_experts(reference, self._apart[reference])
         return self._architectures[reference]
+
+    def _with_single_experts(self, reference: str, spelling: Spelling) -> Architecture:
+        """Return a model with its experts one by one, the same one each time."""
+        key = reference, spelling
+        if key not in self._taken_apart:
+            whole = self._architectures[reference].checkpoint
+            self._taken_apart[key] = Architecture(ApartCheckpoint(whole, spelling))
+        return self._taken_apart[key]
 
     def _result(self, name: str) -> Architecture:
         """Return an intermediate result; of each name the last one is kept."""

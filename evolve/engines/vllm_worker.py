@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import merge_core.moe.router  # noqa: F401  (it keeps torch's function that vLLM replaces, see below)
 from merge_core.experts import MIXTRAL, respelled
 from merge_core.merge import merged_tensors
 from merge_core.recipe import Recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_core.card import model_card
 from merge_core.errors import CheckpointError, MergeError, RecipeError
-from merge_core.experts import QWEN, respelled, single_experts
+from merge_core.estimate import estimate
+from merge_core.experts import MIXTRAL, QWEN, respelled, single_experts
 from merge_core.merge import load_merged, merged_tensors, save_merged
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import Sources, merged_config, model_alone, plan_merge
@@ -446,3 +448,41 @@ def test_merging_expert_by_expert_is_merging_as_mergekit_does(
     assert set(found) == set(expected)
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE"])
+def test_joined_experts_merge_with_single_ones(stored: Any, tmp_path: Path, name: str) -> None:
+    """As if all were stored one by one, whichever is stored how; the result loads."""
+    from transformers import AutoModelForCausalLM
+
+    joined_ones = stored(f"{name}, fused", "float32")
+    single = {}
+    for short in ("base", "x", "y"):
+        shutil.copytree(joined_ones.folders[short], tmp_path / short)
+        tensors = joined_ones.tensors[joined_ones.folders[short]]
+        apart = respelled(tensors.items(), MIXTRAL if name == "Mixtral" else QWEN)
+        save_file({key: t.contiguous() for key, t in apart}, tmp_path / short / "model.safetensors")
+        single[short] = str(tmp_path / short)
+
+    def recipe(base: str, x: str, y: str) -> Recipe:
+        own = [(x, {"weight": 0.7, "density": 0.4}), (y, {"weight": 0.5, "density": 0.6})]
+        models = [{"model": model, "parameters": parameters} for model, parameters in own]
+        return Recipe.parse({"merge_method": "ties", "base_model": base, "models": models})
+
+    expected = dict(merged_tensors(recipe(*single.values())))
+    assert any(".experts.2." in key for key in expected)
+    whole = [joined_ones.folders[short] for short in ("base", "x", "y")]
+    for i in range(3):
+        mixed = recipe(*(whole[j] if j == i else folder for j, folder in enumerate(single.values())))
+        sources = Sources()
+        found = dict(merged_tensors(mixed, sources))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    save_merged(mixed, tmp_path / "out", sources=sources)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for parameter, other in zip(load_merged(mixed).parameters(), again.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+    needs = estimate(mixed, sources, tmp_path / "elsewhere")
+    assert needs.n_tensors == len(expected)
+    # Alone, joined experts stay joined.
+    assert any(".experts.gate_up_proj" in key for key, _ in merged_tensors(recipe(*whole), sources))
