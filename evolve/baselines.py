@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import locate
 from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
+from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import model_alone, origin
 from merge_core.recipe import Recipe
 
@@ -28,6 +29,8 @@ def baseline_jobs(
         promptings = (prompting,) if same_prompts(own, prompting) else (prompting, own)
         jobs.append(Job(reference, "baseline", model_alone(reference, start), (), promptings))
     others = [reference for reference in references if reference != start.base_model]
+    if isinstance(start, MoeRecipe):  # whose base is no common ancestor, but may be an expert too
+        others = [model for model in references if model in {e.source_model for e in start.experts}]
     averaged = others if len(others) > 1 else references
     if len(averaged) > 1:
         recipe = Recipe.parse(

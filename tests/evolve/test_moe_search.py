@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
+from evolve.baselines import baseline_jobs
 from evolve.errors import SearchFileError
 from evolve.evaluation import EvalOptions, evaluate_models
 from evolve.export import mergekit_notes
 from evolve.loop import run
 from evolve.search_file import SearchFile
 from evolve.space import Space
+from evolve.workers.worker import Prompting
 from merge_core.errors import RecipeError
 from merge_core.merge import save_merged
 from merge_core.recipe import Recipe
@@ -90,6 +92,15 @@ def test_the_exported_recipe_says_what_mergekit_makes_of_it() -> None:
     assert mergekit_notes(space.recipe(space.starts()))[0].startswith("mergekit-moe makes this model")
     noisy = space.recipe({**space.starts(), "experts[1].noise_scale": 0.01})
     assert mergekit_notes(noisy)[0].startswith("mergekit draws other random gates and noise")
+
+
+def test_the_average_is_that_of_the_experts() -> None:
+    """A mixture's base may be one of them, and others may be switched off at the start."""
+    space = Space(MIXTURE)
+    start = space.recipe({**space.starts(), "experts[2].source_model": None})
+    *alone, average, _ = baseline_jobs(start, Prompting(f"{MODELS}/sort", False), space.references())
+    assert [job.name for job in alone] == space.references()
+    assert average.recipe.references() == [f"{MODELS}/sort", f"{MODELS}/largest"]
 
 
 @pytest.mark.slow
