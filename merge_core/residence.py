@@ -158,9 +158,10 @@ class Residence:
         def make() -> Tensor:
             return _in_host_memory(checkpoint.read(name), dtype, device)
 
-        if self._shared is None or device.type != "cpu":
+        # Each candidate may have another result of that name; files of all of them would pile up.
+        if self._shared is None or device.type != "cpu" or not checkpoint.is_mapped:
             return make()
-        text = f"{checkpoint.reference} {name} {dtype}"
+        text = f"{checkpoint.identity} {name} {dtype}"
         return self._shared.get(text, checkpoint.tensors[name].shape, dtype, make)
 
     def prefetch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,24 @@ def test_a_result_is_never_written_nor_opened_twice(file: Path) -> None:
     assert sources.within(Recipe.parse(inner)).architecture("whole").checkpoint is not before
 
 
-def test_candidates_with_other_results_do_not_meet(file: Path) -> None:
-    """Ranks, casts and plans of one candidate's results are not taken for another's."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_candidates_with_other_results_do_not_meet(file: Path, workers: int) -> None:
+    """Ranks, casts and plans of one candidate's results are not taken for another's.
+
+    Nor are they by another worker, which shares casts of what lies on the disk.
+    """
     config = Recipe.load(file).as_config()
-    config["merge_method"], sources = "ties", Sources(keep=True)
+    shared_as = None if workers == 1 else f"test-{os.getpid()}"
+    several = [Sources(keep=True, shared_as=shared_as) for _ in range(workers)]
+    config["merge_method"] = "ties"
     for entry in config["models"]:
         entry["parameters"]["density"] = 0.5
-    for weight in (0.1, 0.9, 0.1):
+    for i, weight in enumerate((0.1, 0.9, 0.1)):
         config["intermediate"]["half"]["models"][0]["parameters"]["weight"] = weight
-        recipe = Recipe.parse(config)
+        recipe, sources = Recipe.parse(config), several[i % workers]
         assert equal(dict(merged_tensors(recipe, sources)), dict(merged_tensors(recipe)))
+    for sources in several:
+        sources.close()
 
 
 def test_config_tokenizer_and_models_are_those_on_disk(file: Path, llamas: Any) -> None:
