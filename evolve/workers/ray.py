@@ -300,7 +300,10 @@ class RayPool:
 
 
 def _start_ray(address: str | None) -> None:
-    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+    # "local": left to itself Ray would join whatever cluster somebody started on this machine.
+    options: dict[str, Any] = {"address": address or "local"}
+    if not address:
+        options["include_dashboard"] = False
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
