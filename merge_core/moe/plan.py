@@ -197,13 +197,10 @@ class _Planner:
     # ---- what does not fit ----
 
     def _faults(self) -> Iterator[str]:
-        places = [f"experts[{i}]" for i in range(len(self.recipe.experts))]
-        places += [f"shared_experts[{i}]" for i in range(len(self.recipe.shared_experts))]
         named = [("base_model", self.reference)]
-        named += [
-            (f"{place}.source_model", e.source_model)
-            for place, e in zip(places, self.everyone, strict=True)
-        ]
+        for key in ("experts", "shared_experts"):
+            experts: tuple[Expert, ...] = getattr(self.recipe, key)
+            named += [(f"{key}[{i}].source_model", e.source_model) for i, e in enumerate(experts)]
         told: set[str] = set()
         for place, reference in named:
             if reference not in told:
