@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import locate
@@ -20,13 +21,16 @@ def baseline_jobs(
     `references` are the models, where the recipe at its starts does not name them all.
 
     A model alone is asked as the merge will be, and also as its owner would ask it where that
-    differs.
+    differs; as its owner would alone where the merge has a tokenizer of its own, whose ids mean
+    nothing to the model.
     """
     references = references or start.references()
     jobs = []
     for reference in references:
         own = Prompting(reference, _has_chat_template(reference))
         promptings = (prompting,) if same_prompts(own, prompting) else (prompting, own)
+        if prompting.tokenizer is None:
+            promptings = (own,)
         jobs.append(Job(reference, "baseline", model_alone(reference, start), (), promptings))
     others = [reference for reference in references if reference != start.base_model]
     if isinstance(start, MoeRecipe):  # whose base is no common ancestor, but may be an expert too
@@ -40,11 +44,18 @@ def baseline_jobs(
                 "models": [{"model": model, "parameters": {"weight": 1.0}} for model in averaged],
                 "dtype": start.dtype,
                 "out_dtype": start.out_dtype,
+                **_tokenizer_keys(start),
             }
         )
         jobs.append(Job("average", "baseline", recipe, (), (prompting,)))
     jobs.append(Job("starts", "baseline", start, (), (prompting,)))
     return jobs
+
+
+def _tokenizer_keys(recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says of its tokenizer."""
+    keys = ("tokenizer_source", "tokenizer", "chat_template")
+    return {key: value for key, value in recipe.as_config().items() if key in keys}
 
 
 def _has_chat_template(reference: str) -> bool:
@@ -61,6 +72,8 @@ def same_prompts(one: Prompting, other: Prompting) -> bool:
     """Tell whether two ways of prompting give the same requests."""
     if one.apply_chat_template != other.apply_chat_template:
         return False
+    if one.tokenizer is None or other.tokenizer is None:
+        return one.tokenizer == other.tokenizer
     a, b = locate(one.tokenizer), locate(other.tokenizer)
     return all(
         ((a / file).read_bytes() if (a / file).is_file() else b"")

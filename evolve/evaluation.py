@@ -18,7 +18,7 @@ from evolve.tasks import SPLITS, Outcomes, TaskSet, reference_faults
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
 from merge_core.errors import CheckpointError, RecipeError, nearest
-from merge_core.plan import Sources, merged_config, model_alone, origin, plan_merge
+from merge_core.plan import Sources, files_folder, merged_config, model_alone, origin, plan_merge
 from merge_core.recipe import Recipe, load_yaml
 
 
@@ -105,7 +105,7 @@ def evaluate_models(
             backend=backend,
             engine=EngineSettings(
                 merged_config(recipe, sources),
-                sources.architecture(reference).checkpoint.folder,
+                files_folder(recipe, sources),
                 device,
                 options.trust_remote_code,
                 scoring.engine,
@@ -113,7 +113,10 @@ def evaluate_models(
             tasks=tuple(specs),
             scoring=scoring,
             seed=seed,
-            prompting=Prompting(reference, scoring.apply_chat_template),
+            prompting=Prompting(
+                None if recipe.has_own_tokenizer else reference, scoring.apply_chat_template
+            ),
+            start=recipe if recipe.has_own_tokenizer else None,
             allow_unsafe_code=options.allow_unsafe_code,
         )
     outcomes = dict(_outcomes(recipes, setups, tasks, sources, options, under_way))

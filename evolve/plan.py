@@ -21,9 +21,9 @@ from evolve.space import SearchSpace, Value
 from evolve.tasks import ScoredTask, TaskSet, reference_faults, report_set
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Prompting, WorkerSetup
-from merge_core.checkpoint.write import has_tokenizer
+from merge_core.checkpoint.write import has_tokenizer, tokenizer_digest
 from merge_core.errors import CheckpointError, MergeError
-from merge_core.plan import Sources, merged_config, origin, plan_merge
+from merge_core.plan import Sources, files_folder, merged_config, origin, plan_merge
 from merge_core.recipe import Recipe
 
 
@@ -76,9 +76,19 @@ class Plan:
                 for reference in (*self.references(), *(r for s in self._sets() for r in s.references()))
             },
             **({"report_only": settings["report_only"]} if self.report_only else {}),
+            # Where merged tokenizers are made of the models', these are part of the scores.
+            **({"tokenizers": self._tokenizers()} if self.setup.prompting.tokenizer is None else {}),
             # Texts, and the files of functions: what they hold is part of the scores.
             **({"files": files} if files else {}),
         }
+
+    def _tokenizers(self) -> dict[str, str]:
+        """Hash the tokenizer files of each model."""
+        folders = {
+            reference: self.sources.architecture(reference).checkpoint.folder
+            for reference in self.references()
+        }
+        return {reference: tokenizer_digest(folder) for reference, folder in folders.items()}
 
     @property
     def followed(self) -> TaskSet:
@@ -214,12 +224,12 @@ def make_plan(
     notes = [*space.notes, *tasks.notes]
     if not tasks.has_holdout:
         search_file = search_file.changed(scoring={"holdout": 0.0})
-    reference = origin(start)
+    own_tokenizers = any(recipe.has_own_tokenizer for recipe in space.examples())
     setup = WorkerSetup(
         backend=backend,
         engine=EngineSettings(
             config=merged_config(start, sources),
-            folder=sources.architecture(reference).checkpoint.folder,
+            folder=files_folder(start, sources),
             device=device,
             trust_remote_code=trust_remote_code,
             options=search_file.scoring.engine,
@@ -227,10 +237,13 @@ def make_plan(
         tasks=tuple(search_file.tasks),
         scoring=search_file.scoring,
         seed=search_file.search.seed,
-        prompting=Prompting(reference, search_file.scoring.apply_chat_template),
+        prompting=Prompting(
+            None if own_tokenizers else origin(start), search_file.scoring.apply_chat_template
+        ),
         allow_unsafe_code=allow_unsafe_code,
         signal=search_file.search.followed,
         report_only=tuple(search_file.report_only),
+        start=start if own_tokenizers else None,
     )
     known = known_recipes(space, own, lambda model: sources.architecture(model).n_layers)
     return Plan(search_file, space, tasks, sources, start, setup, why, known, tuple(notes), *reported)
@@ -251,17 +264,19 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
         return faults
     config: dict[str, Any] = {}
     donors: dict[str, None] = {}
-    for recipe in space.examples():
+    examples = space.examples()
+    for recipe in examples:
         donors[origin(recipe)] = None
         try:
             faults += space.tensor_faults(planned.name for planned in plan_merge(recipe, sources))
+            files_folder(recipe, sources)
             config = config or merged_config(recipe, sources)
         except MergeError as error:
             faults += error.faults
     if faults:
         return list(dict.fromkeys(faults))
     folder = sources.architecture(origin(start)).checkpoint.folder
-    if not has_tokenizer(folder):
+    if not has_tokenizer(files_folder(start, sources)):
         faults.append(
             f"model {origin(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
         )
@@ -270,7 +285,8 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
         f"{origin(start)!r}, and requests are built once; fix base_model, or use models with one "
         f"tokenizer"
         for other in donors
-        if not same_prompts(Prompting(origin(start), False), Prompting(other, False))
+        if not any(recipe.has_own_tokenizer for recipe in examples)
+        and not same_prompts(Prompting(origin(start), False), Prompting(other, False))
     ]
     kind = config.get("model_type")
     if not kind and "auto_map" not in config:

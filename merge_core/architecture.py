@@ -102,7 +102,7 @@ class Architecture:
     def token_embedding(self) -> str | None:
         """Name of the input embedding's table."""
         tables = [name for name in self.before if is_embedding(name) and not _is_tower(name)]
-        tables = [name for name in tables if not any(word in name for word in _POSITIONS)]
+        tables = [name for name in tables if not _is_of_positions(name)]
         return next((name for name in tables if len(self.checkpoint.tensors[name].shape) == 2), None)
 
     @cached_property
@@ -129,7 +129,9 @@ class Architecture:
     def is_vocabulary(self, name: str) -> bool:
         """Tell whether a tensor outside the layers has a row for each token of the vocabulary."""
         info = self.info(name)
-        if info is None or not self.layers or name.startswith(self.prefix) or _is_tower(name):
+        if info is None or not self.layers or name.startswith(self.prefix):
+            return False
+        if _is_tower(name) or _is_of_positions(name):
             return False
         is_table = _is_head(name) or is_embedding(name)
         return is_table and info.shape[:1] == (self.vocabulary_size,)
@@ -174,6 +176,10 @@ def _is_head(name: str) -> bool:
 
 def _is_tower(name: str) -> bool:
     return any(word in name for word in _TOWERS)
+
+
+def _is_of_positions(name: str) -> bool:
+    return any(word in name for word in _POSITIONS)
 
 
 def is_embedding(name: str) -> bool:

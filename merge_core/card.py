@@ -250,7 +250,8 @@ def _left_out(recipe: Recipe, sources: Sources, plan: MergePlan) -> list[str]:
             lines.append(f"{len(unused)} tensors of {_linked(reference)}: {shown}{more}")
     lines += [f"ignored: {warning}" for warning in recipe.check()[1]]
     if len(recipe.references()) > 1:
-        lines.append(f"config and tokenizer of every model but {_linked(origin(recipe))}")
+        kept = "config" if recipe.vocabulary() else "config and tokenizer"
+        lines.append(f"{kept} of every model but {_linked(origin(recipe))}")
     return lines or ["nothing"]
 
 

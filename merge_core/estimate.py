@@ -32,7 +32,7 @@ from merge_core.machine import (
     private_bytes,
 )
 from merge_core.merge import AHEAD_BYTES, merged_tensors, pays_to_compile
-from merge_core.plan import MergePlan, Planned, Sources, merged_config, origin, plan_merge
+from merge_core.plan import MergePlan, Planned, Sources, files_folder, merged_config, plan_merge
 from merge_core.recipe import Recipe
 
 # The last, longest pass over the sample takes about this long.
@@ -128,6 +128,7 @@ def estimate(
         seconds = start_up_s + 2 * plan_s + max(merging, disk_seconds(place, write_bytes))
         own_bytes = max(own_bytes, private_bytes())
     layers = {split[:2] for planned in plan if (split := split_layer(planned.name))}
+    held = [size + _rebuilt(planned) for size, planned in zip(sizes, plan, strict=True)]
     left = memory_left()
     return Estimate(
         architecture=str((merged_config(recipe, sources).get("architectures") or ["unknown"])[0]),
@@ -137,7 +138,7 @@ def estimate(
         read_bytes=_read_bytes(plan, sources),
         write_bytes=write_bytes,
         free_bytes=free_bytes,
-        memory_bytes=own_bytes + _in_flight(sizes, n_threads) + n_threads * _intermediate(plan),
+        memory_bytes=own_bytes + _in_flight(held, n_threads) + n_threads * _intermediate(plan),
         available_bytes=None if left is None else left + private_bytes(),
         seconds=seconds,
     )
@@ -181,10 +182,18 @@ def _other_bytes(
         total += len(json.dumps(dict.fromkeys(header, "model-00001-of-00001.safetensors"), indent=2))
     total += len(json.dumps(merged_config(recipe, sources), indent=2))
     if with_tokenizer:
-        folder = sources.architecture(origin(recipe)).checkpoint.folder
+        folder = files_folder(recipe, sources)
         files = [folder / file for file in (*TOKENIZER_FILES, *TEMPLATE_FILES)]
         total += sum(file.stat().st_size for file in files if file.is_file())
     return total
+
+
+def _rebuilt(planned: Planned) -> int:
+    """Bytes of the inputs that are brought into the order of another vocabulary, in memory."""
+    if planned.vocabulary is None:
+        return 0
+    n_copied = sum(not planned.vocabulary.keeps_rows(entry.model) for entry in planned.all_inputs)
+    return n_copied * planned.n_bytes
 
 
 def _in_flight(sizes: Sequence[int], n_threads: int) -> int:
@@ -228,6 +237,7 @@ class _SampleSources(Sources):
 
     def __init__(self, whole: Sources, n_entries: int) -> None:
         super().__init__()
+        self.tokenizers = whole.tokenizers
         self._whole = whole
         self._n_entries = n_entries
         self._cut: dict[str, Architecture] = {}

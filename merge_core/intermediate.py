@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_core.checkpoint.read import Checkpoint, TensorInfo
 from merge_core.merge import Merger, pays_to_compile
-from merge_core.plan import Sources, donor, merged_config, plan_merge
+from merge_core.plan import Sources, donor, files_folder, merged_config, plan_merge
 from merge_core.recipe import Recipe
 
 
@@ -44,7 +44,7 @@ class MergedCheckpoint(Checkpoint):
         self.reference = name
         self.plan = plan_merge(recipe, sources, **plan_options)
         self.is_state_dict = sources.architecture(donor(recipe)).checkpoint.is_state_dict
-        self.folder = sources.architecture(donor(recipe)).checkpoint.folder
+        self.folder = files_folder(recipe, sources)
         self.tensors = {p.name: TensorInfo("", p.dtype, p.shape) for p in self.plan}
         self._text = text
         self._planned = {planned.name: planned for planned in self.plan}

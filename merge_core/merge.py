@@ -31,9 +31,10 @@ from merge_core.errors import CheckpointError
 from merge_core.methods import METHODS, Parameter
 from merge_core.methods.job import Source, TensorJob
 from merge_core.parameters import look_up
-from merge_core.plan import Input, Planned, Sources, merged_config, origin, plan_merge
+from merge_core.plan import Input, Planned, Sources, files_folder, merged_config, plan_merge
 from merge_core.randomness import MaskKey
 from merge_core.recipe import Recipe
+from merge_core.tokenizer.tables import Table, rebuilt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,12 +149,12 @@ class Merger:
     ) -> None:
         self._recipe, self._sources, self._device = recipe, sources, device
         self._compiles, self._into = compiles, into
-        self._found: dict[tuple[str, str], tuple[Checkpoint, str, torch.dtype]] = {}
+        self._found: dict[tuple[str, str, str], tuple[Checkpoint, str, torch.dtype]] = {}
 
     def announce(self, wanted: Iterable[Planned]) -> None:
         """Have it decided where the inputs live between candidates, and makers prepare."""
         wanted = list(wanted)
-        stored = [self._stored(entry) for planned in wanted for entry in planned.all_inputs]
+        stored = [self._stored(planned, entry) for planned in wanted for entry in planned.all_inputs]
         self._sources.residence.announce(stored, self._device)
         for planned in wanted:
             if planned.maker is not None:
@@ -162,14 +163,20 @@ class Merger:
     def prefetch(self, planned: Planned) -> None:
         """Start to bring the inputs from disk, or to the device."""
         for entry in planned.all_inputs:
-            self._sources.residence.prefetch(*self._stored(entry), self._device)
+            self._sources.residence.prefetch(*self._stored(planned, entry), self._device)
 
-    def _stored(self, entry: Input) -> tuple[Checkpoint, str, torch.dtype]:
+    def _stored(self, planned: Planned, entry: Input) -> tuple[Checkpoint, str, torch.dtype]:
         """Where an input is, and the dtype it is taken in: the recipe's, else its own."""
-        key = entry.model, entry.name
+        key = planned.name if planned.vocabulary else "", entry.model, entry.name
         if key not in self._found:
             checkpoint = self._sources.architecture(entry.model).checkpoint
             dtype = self._recipe.dtype or checkpoint.tensors[entry.name].dtype
+            if planned.vocabulary is not None:
+                tables = {
+                    other.model: Table(self._sources.architecture(other.model).checkpoint, other.name)
+                    for other in planned.all_inputs
+                }
+                checkpoint = rebuilt(planned.vocabulary, entry.model, tables, dtype, self._sources)
             self._found[key] = checkpoint, entry.name, getattr(torch, dtype)
         return self._found[key]
 
@@ -180,7 +187,7 @@ class Merger:
         out_dtype = getattr(torch, planned.dtype)
         if planned.maker is not None:
             inputs = [
-                self._sources.residence.fetch(*self._stored(entry), self._device)
+                self._sources.residence.fetch(*self._stored(planned, entry), self._device)
                 for entry in planned.all_inputs
             ]
             return planned.maker.make(inputs, out_dtype, self._device)
@@ -208,7 +215,8 @@ class Merger:
         return place if place.is_contiguous() and place.device.type == self._device.type else None
 
     def _source(self, planned: Planned, entry: Input, per_model: Mapping[str, Parameter]) -> Source:
-        tensor = self._sources.residence.fetch(*self._stored(entry), self._device)
+        checkpoint, name, dtype = self._stored(planned, entry)
+        tensor = self._sources.residence.fetch(checkpoint, name, dtype, self._device)
         if planned.shape and tensor.shape[0] > planned.shape[0]:
             tensor = tensor[: planned.shape[0]]
         levels = (*entry.levels, *planned.levels)
@@ -217,11 +225,11 @@ class Merger:
             for name, parameter in per_model.items()
         }
         key = MaskKey(self._recipe.random_seed, entry.model, entry.occurrence, planned.name)
-        return Source(tensor, parameters, key, self._stored(entry)[0].identity, entry.name)
+        return Source(tensor, parameters, key, checkpoint.identity, entry.name)
 
     def _copied(self, planned: Planned) -> Tensor:
         """Return an integer or boolean buffer, which must be the same in every model."""
-        checkpoints = [(self._stored(entry)[0], entry.name) for entry in planned.all_inputs]
+        checkpoints = [(self._stored(planned, entry)[0], entry.name) for entry in planned.all_inputs]
         first, *others = (checkpoint.read(name) for checkpoint, name in checkpoints)
         if not all(torch.equal(first, other) for other in others):
             raise CheckpointError(
@@ -280,7 +288,7 @@ def save_merged(
             card = model_card(recipe, sources, plan, Path(folder).resolve().name, text, evaluation)
             (part / "README.md").write_text(card, encoding="utf-8")
         if with_tokenizer and config:
-            copy_tokenizer(sources.architecture(origin(recipe)).checkpoint.folder, part)
+            copy_tokenizer(files_folder(recipe, sources), part)
 
 
 def _told(
@@ -300,7 +308,7 @@ def load_merged(
 
     sources = sources or Sources()
     plan_merge(recipe, sources)
-    folder = sources.architecture(origin(recipe)).checkpoint.folder
+    folder = files_folder(recipe, sources)
     model = build_model(merged_config(recipe, sources), folder, device)
     fill(model, merged_tensors(recipe, sources, device=device, into=places(model)))
     return model

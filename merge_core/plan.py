@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from merge_core.architecture import text_config, with_layers, with_text_config
@@ -20,6 +21,13 @@ from merge_core.parameters import is_total, value_at
 from merge_core.parts import Levels, Part
 from merge_core.recipe import Recipe
 from merge_core.sources import Sources
+from merge_core.tokenizer.merged import (
+    changed_tokens,
+    merged_vocabulary,
+    prompt_warnings,
+    tokenizer_folder,
+)
+from merge_core.tokenizer.vocabulary import Vocabulary
 from merge_core.wiring import Leniency, Tensors, Wire, Wiring, layers_of, vocabulary_rows, wire
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ __all__ = [
     "Planned",
     "Sources",
     "donor",
+    "files_folder",
     "merged_config",
     "model_alone",
     "origin",
@@ -89,6 +98,7 @@ class Planned:
         dtype: of the result, torch's name.
         is_floating: whether it is computed; other tensors are copied and must be equal.
         maker: what makes it in the method's place, where it is no merge.
+        vocabulary: whose order its rows, and its inputs', are brought into; None for no such tensor.
     """
 
     name: str
@@ -101,6 +111,7 @@ class Planned:
     dtype: str
     is_floating: bool = True
     maker: Maker | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def all_inputs(self) -> tuple[Input, ...]:
@@ -170,6 +181,12 @@ def origin(recipe: Recipe) -> str:
     return recipe.references()[0]
 
 
+def files_folder(recipe: Recipe, sources: Sources) -> Path:
+    """Return the folder of the merge's tokenizer, template and generation defaults; see
+    `tokenizer_folder`."""
+    return tokenizer_folder(recipe, donor(recipe), sources.within(recipe))
+
+
 def plan_merge(
     recipe: Recipe,
     sources: Sources,
@@ -207,7 +224,8 @@ def plan_merge(
         return plan_mixture(recipe, sources)
     parts = recipe.parts()
     leniency = Leniency(**options)
-    wiring = _wiring(parts, donor(recipe), sources, leniency)
+    vocabulary = merged_vocabulary(recipe, donor(recipe), sources)
+    wiring = _wiring(parts, donor(recipe), sources, leniency, vocabulary)
     own = [[source.levels for source in part.sources] for part in parts]
     dtype = recipe.out_dtype or recipe.dtype
 
@@ -229,13 +247,21 @@ def plan_merge(
             shape=wired.shape,
             dtype=(dtype or wired.dtype) if wired.is_floating else wired.dtype,
             is_floating=wired.is_floating,
+            vocabulary=vocabulary if wired.by_token else None,
         )
         for wired in wiring.tensors
     )
-    return MergePlan(planned, wiring.warnings, sources.plans(recipe.inputs()))
+    warnings = (*wiring.warnings, *prompt_warnings(recipe, donor(recipe), sources))
+    return MergePlan(planned, warnings, sources.plans(recipe.inputs()))
 
 
-def _wiring(parts: Sequence[Part], donor: str, sources: Sources, leniency: Leniency) -> Wiring:
+def _wiring(
+    parts: Sequence[Part],
+    donor: str,
+    sources: Sources,
+    leniency: Leniency,
+    vocabulary: Vocabulary | None,
+) -> Wiring:
     """Wire up a recipe, once for all recipes that differ in numbers only."""
     shape = tuple(
         (part.method, part.base, tuple((source.model, source.layer_range) for source in part.sources))
@@ -243,8 +269,8 @@ def _wiring(parts: Sequence[Part], donor: str, sources: Sources, leniency: Lenie
     )
     models = [source.model for part in parts for source in part.sources]
     wiring: Wiring = sources.remembered(
-        (donor, leniency, shape, sources.structures([donor, *models])),
-        lambda: wire(parts, donor, sources, leniency),
+        (donor, leniency, shape, sources.structures([donor, *models]), vocabulary and vocabulary.key),
+        lambda: wire(parts, donor, sources, leniency, vocabulary),
     )
     return wiring
 
@@ -285,8 +311,8 @@ def _value_faults(parts: Sequence[Part], wiring: Wiring) -> Iterator[str]:
 def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     """Return config.json of the merged model: the donor's, with layers and dtype as merged.
 
-    An output head beside a tied donor unties it, and a smaller vocabulary gives its size. Files of
-    weights have none: it is empty.
+    An output head beside a tied donor unties it. Another vocabulary gives its size, and one of another
+    model that model's ids of special tokens. Files of weights have none: it is empty.
     """
     sources = sources.within(recipe)
     if isinstance(recipe, MoeRecipe):
@@ -310,8 +336,12 @@ def merged_config(recipe: Recipe, sources: Sources) -> dict[str, Any]:
     elif not model.ties_embeddings and "tie_word_embeddings" not in {**config, **text_config(config)}:
         # Some families tie by default; here the head is a tensor of its own.
         config["tie_word_embeddings"] = False
+    vocabulary = merged_vocabulary(recipe, donor(recipe), sources)
     n_rows = vocabulary_rows([*ends[0], *ends[1]])
-    if n_rows is not None and n_rows != (model.vocabulary_size or n_rows):
+    if vocabulary is not None:
+        config = with_text_config(config, vocab_size=vocabulary.size)
+        config = changed_tokens(config, vocabulary, donor(recipe), sources)
+    elif n_rows is not None and n_rows != (model.vocabulary_size or n_rows):
         config = with_text_config(config, vocab_size=n_rows)
     dtype = recipe.out_dtype or recipe.dtype
     if dtype:

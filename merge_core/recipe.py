@@ -20,11 +20,14 @@ from pydantic import (
     model_validator,
 )
 
-from merge_core.errors import RecipeError, schema_faults, shown
+from merge_core.errors import RecipeError, schema_faults
 from merge_core.methods.parameter import plain_numbers
 from merge_core.parts import Part, parts_of
 from merge_core.recipe_check import Findings, check_recipe, intermediate_faults
 from merge_core.recipe_yaml import dump_yaml, load_yaml
+from merge_core.reference import Reference as Reference
+from merge_core.reference import reference_text
+from merge_core.tokenizer.settings import TokenizerSettings, checked_template, known_keys
 
 __all__ = [
     "ModelEntry",
@@ -36,36 +39,9 @@ __all__ = [
     "reference_text",
 ]
 
-# Keys of mergekit that choose another tokenizer or template than the base's.
-_NOT_YET = ("tokenizer", "chat_template")
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 
 
-def reference_text(value: Any) -> Any:
-    """Spell {model: {path, revision}, lora: {path, revision}} as `path@revision+path@revision`."""
-    if not isinstance(value, Mapping):
-        return value
-    if "model" not in value or set(value) - {"model", "lora"}:
-        raise ValueError(
-            "a model is named by text, or by {model: {path: ..., revision: ...}, lora: ...}; name it so"
-        )
-    return "+".join(_spelled(value[key]) for key in ("model", "lora") if value.get(key) is not None)
-
-
-def _spelled(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping) or "path" not in part or set(part) - {"path", "revision"}:
-        raise ValueError(f"{shown(part)} is not {{path: ..., revision: ...}}; write it so")
-    path, revision = part["path"], part.get("revision")
-    if not isinstance(path, str) or not isinstance(revision, str | None):
-        raise ValueError(f"path and revision in {shown(part)} must be text; quote them")
-    if revision is not None and "@" in path:
-        raise ValueError(f"path {path!r} has an '@' beside a revision; name a path without '@'")
-    return path if revision is None else f"{path}@{revision}"
-
-
-Reference = Annotated[str, BeforeValidator(reference_text)]
 Parameters = Annotated[
     dict[str, Any], BeforeValidator(lambda value: {} if value is None else plain_numbers(value))
 ]
@@ -128,7 +104,9 @@ class Recipe(_Part):
     parameters: Parameters = Field(default_factory=dict)
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
-    tokenizer_source: Literal["base"] | None = None
+    tokenizer_source: Reference | None = None
+    tokenizer: TokenizerSettings | None = None
+    chat_template: str | None = None
     random_seed: int = 0
     intermediate: dict[str, Recipe] = Field(default_factory=dict)
 
@@ -137,12 +115,19 @@ class Recipe(_Part):
     def _without_torch_prefix(cls, value: Any) -> Any:
         return value.removeprefix("torch.") if isinstance(value, str) else value
 
-    @field_validator("tokenizer_source", mode="before")
+    @field_validator("chat_template")
     @classmethod
-    def _only_the_bases_tokenizer(cls, value: Any) -> Any:
-        if value not in (None, "base"):
-            raise ValueError("the base's tokenizer is the only one that can be kept; write base")
-        return value
+    def _is_a_template(cls, value: str | None) -> str | None:
+        return value if value is None else checked_template(value)
+
+    @model_validator(mode="after")
+    def _has_one_tokenizer(self) -> Recipe:
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError(
+                "a recipe has `tokenizer:` or `tokenizer_source:`, not both; write the source into "
+                "`tokenizer:`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_one_body(self) -> Recipe:
@@ -177,20 +162,11 @@ class Recipe(_Part):
             from merge_core.moe.recipe import MoeRecipe  # a kind of recipe itself
 
             return MoeRecipe.parse(data, strict)
-        plain = {key: value for key, value in data.items() if key not in _NOT_YET}
-        refused = [
-            f"{key} is {shown(data[key])}; the base's tokenizer and template are kept as they are, "
-            f"remove {key}"
-            for key in _NOT_YET
-            if data.get(key) is not None
-        ]
         try:
-            recipe = cls.model_validate(plain)
+            recipe = cls.model_validate(data)
         except ValidationError as error:
-            faults = schema_faults(error, _known_keys(data))
-            raise RecipeError(refused + faults) from None
+            raise RecipeError(schema_faults(error, _known_keys(data))) from None
         findings = recipe._findings()
-        findings.faults[:0] = refused
         if findings.faults or (strict and findings.unread):
             raise RecipeError(findings.faults + (findings.unread if strict else []))
         return recipe
@@ -261,6 +237,18 @@ class Recipe(_Part):
         """Return the recipe of an intermediate result as one of its own, with what it uses."""
         return self.intermediate[name].model_copy(update={"intermediate": self.intermediate})
 
+    def vocabulary(self) -> TokenizerSettings | None:
+        """Return what `tokenizer:` or `tokenizer_source:` says; None: every model has the donor's ids."""
+        if self.tokenizer_source is not None:
+            return TokenizerSettings(source=self.tokenizer_source)
+        return self.tokenizer
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether recipe or intermediate ones say more of the tokenizer than that it is the donor's."""
+        documents = (self, *self.intermediate.values())
+        return any(d.vocabulary() is not None or d.chat_template is not None for d in documents)
+
     def check(self) -> tuple[list[str], list[str]]:
         """Check methods, parameters and model counts.
 
@@ -300,7 +288,7 @@ KNOWN_KEYS: dict[str, Iterable[str]] = {
 
 def _known_keys(data: Mapping[str, Any]) -> dict[str, Iterable[str]]:
     """Say which keys exist at each place, those below the recipe's own names included."""
-    known = dict(KNOWN_KEYS)
+    known = {**KNOWN_KEYS, **known_keys(data.get("tokenizer"))}
     for name in _names(data.get("modules")):
         known[f"modules.{name}"] = ModuleEntry.model_fields
         known |= {f"modules.{name}.{place}": keys for place, keys in KNOWN_KEYS.items() if place}

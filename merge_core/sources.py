@@ -11,6 +11,7 @@ from merge_core.checkpoint.apart import ApartCheckpoint
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError, RecipeError
 from merge_core.experts import Spelling
+from merge_core.tokenizer.loaded import Tokenizers
 
 if TYPE_CHECKING:
     from merge_core.plan import MergePlan
@@ -38,6 +39,7 @@ class Sources:
         self.keeps = keep
         self._shared = SharedTensors(shared_as) if keep and shared_as else None
         self.residence = Residence(keep, shared=self._shared)
+        self.tokenizers = Tokenizers()
         self._architectures: dict[str, Architecture] = {}
         self._structures: dict[Hashable, Any] = {}
         self._recipes: Mapping[str, Recipe] = {}

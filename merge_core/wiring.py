@@ -16,6 +16,7 @@ from merge_core.errors import CheckpointError
 from merge_core.methods import METHODS
 from merge_core.parts import Part, PartSource
 from merge_core.sources import Sources
+from merge_core.tokenizer.vocabulary import Vocabulary
 
 # How many differing tensors a message names; the rest is counted.
 _SHOWN = 5
@@ -64,6 +65,7 @@ class Wired(NamedTuple):
     Attributes:
         part: number of the part whose parameters it reads; None for a tensor taken as it is.
         dtype: of the first input on disk, torch's name.
+        by_token: whether its rows are brought into the order of the merged vocabulary.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Wired(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     is_floating: bool
+    by_token: bool
 
 
 class Wiring(NamedTuple):
@@ -84,13 +87,22 @@ class Wiring(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def wire(parts: Sequence[Part], donor: str, sources: Sources, leniency: Leniency) -> Wiring:
+def wire(
+    parts: Sequence[Part],
+    donor: str,
+    sources: Sources,
+    leniency: Leniency,
+    vocabulary: Vocabulary | None = None,
+) -> Wiring:
     """Wire up a recipe whose models are open.
+
+    Args:
+        vocabulary: the merged model's tokens; None where every model has the same ids.
 
     Raises:
         CheckpointError: models differ in family, layers, tensors or shapes.
     """
-    return _Wirer(parts, donor, sources, leniency).wiring()
+    return _Wirer(parts, donor, sources, leniency, vocabulary).wiring()
 
 
 def layers_of(source: PartSource, architecture: Architecture) -> tuple[int, int]:
@@ -122,21 +134,35 @@ class _Draft(NamedTuple):
 
 
 class _Wirer:
-    def __init__(self, parts: Sequence[Part], donor: str, sources: Sources, leniency: Leniency) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        donor: str,
+        sources: Sources,
+        leniency: Leniency,
+        vocabulary: Vocabulary | None,
+    ) -> None:
         self.parts = parts
         self.donor = donor
         self.model = sources.architecture(donor)
         self.architectures = [[sources.architecture(s.model) for s in part.sources] for part in parts]
         self.sources = sources
         self.leniency = leniency
+        self.vocabulary = vocabulary
         self.donors_suffixes = {suffix for layer in self.model.layers for suffix in layer}
         self.n_rows = vocabulary_rows([*self.architectures[0], *self.architectures[-1]])
         self.differing: dict[tuple[str, str], list[str]] = {}
         self.rows: dict[int, str] = {}
         self.dropped: list[str] = []
+        self.without_given: list[str] = []
 
     def wiring(self) -> Wiring:
-        faults = [*self._form_faults(), *self._family_faults(), *self._range_faults()]
+        faults = [
+            *self._form_faults(),
+            *self._family_faults(),
+            *self._range_faults(),
+            *self._table_faults(),
+        ]
         if faults:
             raise CheckpointError(faults)
         tensors = tuple(wired for draft in self._drafts() if (wired := self._wired(draft)))
@@ -217,6 +243,7 @@ class _Wirer:
         if not present:
             present = [Wire(self.donor, draft.name, draft.name)]
         self._compare(present)
+        self._look_for_given_rows(draft.name, present)
         if lacking and (len(inputs) < method.n_models[0] or (method.base == "required" and not base)):
             # Too few for the method: the base's own, or that of the only model that has it.
             own = base or next((entry for entry in present if entry.model == self.donor), present[0])
@@ -228,11 +255,25 @@ class _Wirer:
     ) -> Wired:
         first = base or inputs[0]
         info, shape = self._info(first), self._shape(first)
-        if self.sources.architecture(first.model).is_vocabulary(first.name):
+        is_table = self._is_table(first)
+        if is_table:
             self.rows.setdefault(shape[0], draft.name)
         return Wired(
-            draft.name, method, draft.t, base, tuple(inputs), part, shape, info.dtype, info.is_floating
+            draft.name,
+            method,
+            draft.t,
+            base,
+            tuple(inputs),
+            part,
+            shape,
+            info.dtype,
+            info.is_floating,
+            by_token=is_table and self.vocabulary is not None,
         )
+
+    def _is_table(self, entry: Wire) -> bool:
+        """Tell whether a tensor has a row for each token of its model."""
+        return self.sources.architecture(entry.model).is_vocabulary(entry.name)
 
     def _info(self, entry: Wire) -> TensorInfo:
         info = self.sources.architecture(entry.model).info(entry.name)
@@ -240,15 +281,41 @@ class _Wirer:
         return info
 
     def _shape(self, entry: Wire) -> tuple[int, ...]:
-        """Return what of a tensor is merged: all, or the leading rows that all vocabularies have."""
+        """Return what of a tensor is merged: all, the rows of the merged vocabulary, or the leading ones
+        that all vocabularies have."""
         shape = self._info(entry).shape
-        if self.leniency.unsafe_truncate_embeddings and self.n_rows is not None:
-            architecture = self.sources.architecture(entry.model)
-            if shape and shape[0] > self.n_rows and architecture.is_vocabulary(entry.name):
-                return (self.n_rows, *shape[1:])
+        if self.vocabulary is not None:
+            return (self.vocabulary.size, *shape[1:]) if self._is_table(entry) else shape
+        is_cut = self.leniency.unsafe_truncate_embeddings and self._is_table(entry)
+        if is_cut and self.n_rows is not None and shape[0] > self.n_rows:
+            return (self.n_rows, *shape[1:])
         return shape
 
     # ---- what does not fit ----
+
+    def _look_for_given_rows(self, name: str, present: list[Wire]) -> None:
+        """Find rows that the recipe takes from a model whose table is not among those merged."""
+        if self.vocabulary is None or not self._is_table(present[0]):
+            return
+        models = {entry.model for entry in present}
+        for row in self.vocabulary.given.values():
+            if row.model is not None and row.model not in models:
+                self.without_given.append(f"{name} of {row.model!r}")
+
+    def _table_faults(self) -> Iterator[str]:
+        """Refuse tables whose rows are not those that config.json speaks of."""
+        if self.vocabulary is None:
+            return
+        for architecture in {id(a): a for row in self.architectures for a in row}.values():
+            name = architecture.token_embedding
+            if name is None or not architecture.is_vocabulary(name):
+                info = architecture.info(name) if name else None
+                found = f"{name} has {info.shape[0]} rows" if info else "it has no table of tokens"
+                yield (
+                    f"model {architecture.checkpoint.reference!r}: config.json has vocab_size "
+                    f"{architecture.vocabulary_size}, but {found}; restore the matching files, or leave "
+                    f"the tokenizer out of the recipe"
+                )
 
     def _compare(self, present: list[Wire]) -> None:
         expected = self._shape(present[0])
@@ -315,7 +382,10 @@ class _Wirer:
             if lacks and self.model.checkpoint.is_state_dict:
                 hint = ", or choose --tensor-intersection or --tensor-union"
             if any(self.sources.architecture(model).is_vocabulary(text.split()[0]) for text in texts):
-                hint += ", or cut vocabularies to their common rows with unsafe_truncate_embeddings"
+                hint += (
+                    ", give the merge one vocabulary with tokenizer_source, or cut vocabularies to their "
+                    "common rows with unsafe_truncate_embeddings"
+                )
             yield (
                 f"model {model!r} does not fit {other!r}: {_shown(texts, '; ')}; "
                 f"merge fine-tunes of one base with the same shapes{hint}"
@@ -323,18 +393,27 @@ class _Wirer:
 
     def _vocabulary_faults(self) -> Iterator[str]:
         """Refuse an embedding and an output head of different vocabularies, from different slices."""
+        if self.without_given:
+            found = _shown(list(dict.fromkeys(self.without_given)), ", ")
+            yield (
+                f"tokenizer.tokens takes rows from tables that are not merged ({found}); name models "
+                f"that are merged there"
+            )
         if len(self.rows) > 1 and not self.differing:
             sizes = ", ".join(f"{name} {n}" for n, name in self.rows.items())
             yield (
                 f"the merged model would have vocabularies of different sizes ({sizes}); merge models of "
-                f"one vocabulary, or cut to the common rows with unsafe_truncate_embeddings"
+                f"one vocabulary, give the merge one with tokenizer_source, or cut to the common rows "
+                f"with unsafe_truncate_embeddings"
             )
 
     def _warnings(self) -> Iterator[str]:
         if self.dropped:
             who = "some model" if self.leniency.tensors == "intersection" else repr(self.donor)
             yield f"tensors that {who} lacks are left out: {_shown(self.dropped, ', ')}"
-        if self.leniency.unsafe_truncate_embeddings and self.n_rows is not None:
+        if self.vocabulary is not None:
+            yield from self.vocabulary.warnings
+        elif self.leniency.unsafe_truncate_embeddings and self.n_rows is not None:
             used = {a.checkpoint.reference: a for row in self.architectures for a in row}
             for reference, architecture in used.items():
                 n_cut = (architecture.vocabulary_size or 0) - self.n_rows

@@ -59,7 +59,7 @@ class EngineSettings:
 
     Attributes:
         config: config.json of the merged model, dtype included.
-        folder: the donor's folder: tokenizer, generation defaults.
+        folder: tokenizer and generation defaults: the donor's, or the merge's where it has others.
         device: torch device.
         trust_remote_code: allow the model's own Python files to run.
         options: `scoring.engine` of the search file, passed through.

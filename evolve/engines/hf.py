@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from evolve.engines import EngineSettings
 from evolve.engines.hf_lm import ResidentLM
 from evolve.engines.loading import merge_and_load
 from evolve.errors import SearchFileError, TrialEngineError
-from merge_core.errors import CheckpointError, nearest
+from merge_core.errors import nearest
 from merge_core.merge import load_merged, merged_tensors
-from merge_core.plan import Sources, model_alone, origin
+from merge_core.plan import Sources, files_folder, model_alone
 from merge_core.recipe import Recipe
 from merge_core.resident import build_model, fill, places
+from merge_core.tokenizer.loaded import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +67,7 @@ class HfEngine:
             recipe = model if isinstance(model, Recipe) else model_alone(str(model))
             sources = Sources()
             live = load_merged(recipe, sources=sources, device=device)
-            folder = sources.architecture(origin(recipe)).checkpoint.folder
+            folder = files_folder(recipe, sources)
         engine = cls.__new__(cls)
         engine.model = live
         engine._settings = EngineSettings({}, folder, device)
@@ -174,19 +174,3 @@ def _check_options(options: Mapping[str, Any]) -> None:
     ]
     if faults:
         raise SearchFileError(faults)
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer.
-
-    Raises:
-        CheckpointError: the folder has none.
-    """
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {folder} ({str(error).splitlines()[0]:.200}); add the "
-            f"model's tokenizer files there"
-        ) from error

@@ -23,7 +23,6 @@ import vllm
 from torch import Tensor
 
 from evolve.engines import EngineSettings
-from evolve.engines.hf import load_tokenizer
 from evolve.engines.loading import merge_and_load
 from evolve.engines.vllm_lm import VllmLM
 from evolve.engines.vllm_start import (
@@ -39,6 +38,7 @@ from evolve.errors import TrialEngineError, TrialMergeError
 from merge_core.checkpoint.write import copy_tokenizer
 from merge_core.recipe import Recipe
 from merge_core.sources import Sources
+from merge_core.tokenizer.loaded import load_tokenizer
 
 
 class VllmEngine:

@@ -22,15 +22,20 @@ from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet, report_set
 from merge_core.checkpoint.locate import locate
-from merge_core.plan import Sources, merged_config, model_alone, origin
+from merge_core.plan import Sources, files_folder, merged_config, model_alone
 from merge_core.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """How a model is asked: whose tokenizer, and whether its chat template is applied."""
+    """How a model is asked.
 
-    tokenizer: str
+    Attributes:
+        tokenizer: the model whose tokenizer it is; None = that of the recipe which is scored.
+        apply_chat_template: whether the tokenizer's chat template is applied.
+    """
+
+    tokenizer: str | None
     apply_chat_template: bool
 
 
@@ -103,6 +108,7 @@ class WorkerSetup:
         shared_as: names what the workers of a host keep together; None = nothing.
         prompting: the merge's own; its requests are built at the start.
         signal: what the sampler follows.
+        start: the recipe that engine and requests are made for, where these are its own tokenizer's.
     """
 
     backend: str
@@ -115,6 +121,7 @@ class WorkerSetup:
     signal: Signal = "metric"
     report_only: tuple[TaskSpec, ...] = ()
     shared_as: str | None = None
+    start: Recipe | None = None
 
 
 class Worker:
@@ -144,12 +151,14 @@ class Worker:
             allow_unsafe_code=setup.allow_unsafe_code,
         )
         self.sources = sources or Sources(keep=True, shared_as=setup.shared_as)
-        self.engine: Engine = start_engine(setup.backend, setup.engine)
-        self._shape: str | None = shape(setup.engine)
+        # A tokenizer that was made for the search lies in a folder of the process that made it.
+        self._first = setup.engine if setup.start is None else self._settings(setup.start)
+        self.engine: Engine = start_engine(setup.backend, self._first)
+        self._shape: str | None = shape(self._first)
         self._held: Recipe | None = None
         self._reported = reported
-        self._banks: dict[tuple[Prompting, bool], RequestBank] = {}
-        self._bank(setup.prompting, "search")
+        self._banks: dict[tuple[Path, bool, bool], RequestBank] = {}
+        self._bank(self._folder(setup.prompting, setup.start), setup.prompting, "search")
 
     def _tasks_of(self, split: Split) -> TaskSet:
         if split != "report":
@@ -160,24 +169,30 @@ class Worker:
         )
         return self._reported
 
-    def _bank(self, prompting: Prompting, split: Split) -> RequestBank:
-        key = prompting, split == "report"
+    def _folder(self, prompting: Prompting, recipe: Recipe | None) -> Path:
+        """Return where the tokenizer is that a recipe's model is asked with."""
+        if prompting.tokenizer is not None:
+            return Path(locate(prompting.tokenizer))
+        return self._first.folder if recipe is None else files_folder(recipe, self.sources)
+
+    def _bank(self, folder: Path, prompting: Prompting, split: Split) -> RequestBank:
+        key = folder, prompting.apply_chat_template, split == "report"
         if key not in self._banks:
             if self._shape is None:  # the last engine did not start
-                self._fit(self.setup.engine)
-            lm = self.engine.lm(Path(locate(prompting.tokenizer)))
+                self._fit(self._first)
+            lm = self.engine.lm(folder)
             signal = "metric" if split == "report" else self.setup.signal
             bank = RequestBank(self._tasks_of(split), lm, prompting.apply_chat_template, signal=signal)
             for reference in bank.needs_references():
                 self._hold(reference)
-                bank.learn_reference(reference, self.engine.lm(Path(locate(prompting.tokenizer))))
+                bank.learn_reference(reference, self.engine.lm(folder))
             self._banks[key] = bank
         return self._banks[key]
 
     def _hold(self, reference: str) -> None:
         """Load a model as it is, in the first engine's dtype."""
-        self._fit(self.setup.engine)
-        config = self.setup.engine.config
+        self._fit(self._first)
+        config = self._first.config
         dtype = config.get("dtype") or config.get("torch_dtype")
         recipe = Recipe.parse({**model_alone(reference).as_config(), "out_dtype": dtype})
         self._load(recipe)
@@ -196,7 +211,7 @@ class Worker:
         """Say which engine a recipe's model needs."""
         with boundary(TrialMergeError, "finding the merged model's shape"):
             config = merged_config(recipe, self.sources)
-            folder = self.sources.architecture(origin(recipe)).checkpoint.folder
+            folder = files_folder(recipe, self.sources)
         return replace(self.setup.engine, config=config, folder=folder)
 
     def _stop(self) -> None:
@@ -230,7 +245,7 @@ class Worker:
         with contextlib.suppress(Exception):  # a broken engine may not even close
             self._stop()
         self._shape, self._held = None, None
-        self._fit(self.setup.engine)
+        self._fit(self._first)
 
     def evaluate(self, job: Job) -> Result:
         """Merge, load and score; a failure is part of the result, never raised."""
@@ -247,8 +262,9 @@ class Worker:
     def _evaluate(self, job: Job, result: Result) -> None:
         # Before the candidate's weights: a new bank may load those of its references.
         with boundary(TrialEngineError, "preparing the requests"):
+            folders = {p: self._folder(p, job.recipe) for p in job.promptings}
             banks = {
-                (prompting, split): self._bank(prompting, split)
+                (prompting, split): self._bank(folders[prompting], prompting, split)
                 for prompting in job.promptings
                 for split in job.splits
             }
@@ -256,7 +272,7 @@ class Worker:
         began = time.perf_counter()
         self._fit(self._settings(job.recipe))
         for (prompting, _), bank in banks.items():
-            bank.ask(self.engine.lm(Path(locate(prompting.tokenizer))))
+            bank.ask(self.engine.lm(folders[prompting]))
         fitting = time.perf_counter() - began
         # A candidate that is asked block by block is loaded once.
         if job.documents is None or job.recipe != self._held:

@@ -6,6 +6,7 @@ tensor's bytes go straight to their place, and no more than one tensor is held.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -44,6 +45,15 @@ Announced = tuple[str, str, tuple[int, ...]]
 def has_tokenizer(folder: Path) -> bool:
     """Tell whether a folder holds a tokenizer that Transformers can load."""
     return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Hash a folder's tokenizer and templates."""
+    digest = hashlib.sha256()
+    for file in (*TOKENIZER_FILES, *TEMPLATE_FILES):
+        if (folder / file).is_file():
+            digest.update(f"{file}\0".encode() + (folder / file).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -72,6 +72,17 @@ class MoeRecipe(Recipe):
     architecture: str | None = None
     """Beginning of the name of the model that comes out; null = the first that fits."""
 
+    @field_validator("tokenizer_source")
+    @classmethod
+    def _is_the_bases(cls, value: str | None) -> str | None:
+        if value not in (None, "base"):
+            raise ValueError("a mixture of experts has the base's tokenizer; write base, or remove it")
+        return value
+
+    def vocabulary(self) -> None:
+        """Return None: every expert takes the base's ids."""
+        return None
+
     @field_validator("experts", mode="before")
     @classmethod
     def _some_experts(cls, value: Any) -> Any:

@@ -286,8 +286,6 @@ def test_faults_are_named(genome: dict[str, Any], top: dict[str, Any], fault: st
 def test_faults_that_need_the_models() -> None:
     with pytest.raises(SearchFileError, match=r"does not divide the 4 layers .* use one of \[1, 2, 4\]"):
         space_of({**GENOMES["ties"], "layer_granularity": 3})
-    with pytest.raises(SearchFileError, match="tokenizer_source is 'union'"):
-        space_of({**GENOMES["ties"], "tokenizer_source": "union"})
 
 
 _STEMS = """mmlu hendrycks agieval gsm8k hellaswag winogrande arc arc_easy ai2_arc truthfulqa bigbench

@@ -528,15 +528,6 @@ FAULTS = {
         {**TIES, "base_model": {"model": {"path": "a@b", "revision": "c"}}},
         r"^base_model is .*path 'a@b' has an '@' beside a revision; name a path without '@'$",
     ),
-    "a tokenizer section": (
-        {**TIES, "tokenizer": {"source": "union"}},
-        r"^tokenizer is \{'source': 'union'\}; .*remove tokenizer$",
-    ),
-    "another tokenizer": (
-        {**TIES, "tokenizer_source": "union"},
-        r"^tokenizer_source is 'union'; the base's tokenizer is the only one.*; write base$",
-    ),
-    "a chat template": ({**TIES, "chat_template": "auto"}, r"^chat_template is 'auto'; .*remove chat_te"),
     "a recipe that is a list": ([TIES], r"^recipe is \[.*; it must be a mapping with `merge_method:`$"),
     "a recipe that is nothing": (None, r"^recipe is None; it must be a mapping"),
 }
