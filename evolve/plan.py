@@ -244,6 +244,7 @@ def make_plan(
         signal=search_file.search.followed,
         report_only=tuple(search_file.report_only),
         start=start if own_tokenizers else None,
+        references=tuple(space.references()),
     )
     known = known_recipes(space, own, lambda model: sources.architecture(model).n_layers)
     return Plan(search_file, space, tasks, sources, start, setup, why, known, tuple(notes), *reported)

@@ -226,7 +226,8 @@ class RayPool:
             ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             fault = _unwrapped(error)
-            if isinstance(fault, SearchFileError):
+            # What others took is no fault of the file, but of the host.
+            if isinstance(fault, SearchFileError) and not self._was_up:
                 raise fault from None
             _kill(actor)
             self._start_failed(str(fault), n_failed)
@@ -307,7 +308,12 @@ def _start_ray(address: str | None) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        if "token" in f"{error} {error.__cause__}":
+            raise TrialWorkerError(
+                f"--ray-address is {address}, whose cluster asks for a token; set RAY_AUTH_MODE=token, "
+                f"with ~/.ray/auth_token as on its head"
+            ) from error
         raise TrialWorkerError(f"Ray cannot be started or reached: {str(error)[:300]}") from error
     finally:
         # Ray puts its own handler there, which exits with status 15 instead of pausing.
@@ -343,8 +349,10 @@ class _Actor:
     def __init__(self, start: Callable[[], Evaluates], working_directory: str, n_on_host: int) -> None:
         divide_memory(n_on_host)
         self._fault: Exception | None = None
-        try:
+        # A host without this folder can serve a search whose paths are absolute; others fail to start.
+        with contextlib.suppress(OSError):
             os.chdir(working_directory)
+        try:
             self._worker = start()
         except (
             SearchFileError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,7 @@ class WorkerSetup:
         tasks, scoring, seed: give the same TaskSet, and so the same documents, everywhere.
         report_only: tasks whose documents are the split "report".
         shared_as: names what the workers of a host keep together; None = nothing.
+        references: models that candidates may use; where one of them is not there, no worker starts.
         prompting: the merge's own; its requests are built at the start.
         signal: what the sampler follows.
         start: the recipe that engine and requests are made for, where these are its own tokenizer's.
@@ -122,6 +124,7 @@ class WorkerSetup:
     report_only: tuple[TaskSpec, ...] = ()
     shared_as: str | None = None
     start: Recipe | None = None
+    references: tuple[str, ...] = ()
 
 
 class Worker:
@@ -134,6 +137,9 @@ class Worker:
         setup: see WorkerSetup.
         tasks, sources, reported: reused where the caller has them already; `reported` are the tasks of
             the split "report".
+
+    Raises:
+        TrialWorkerError: a model is not on this host.
     """
 
     def __init__(
@@ -144,13 +150,15 @@ class Worker:
         reported: TaskSet | None = None,
     ) -> None:
         self.setup = setup
+        self.sources = sources or Sources(keep=True, shared_as=setup.shared_as)
+        if faults := self.sources.open_all(setup.references):
+            raise TrialWorkerError(f"on host {socket.gethostname()}: {'; '.join(faults)}")
         self.tasks = tasks or TaskSet(
             setup.tasks,
             setup.scoring,
             setup.seed,
             allow_unsafe_code=setup.allow_unsafe_code,
         )
-        self.sources = sources or Sources(keep=True, shared_as=setup.shared_as)
         # A tokenizer that was made for the search lies in a folder of the process that made it.
         self._first = setup.engine if setup.start is None else self._settings(setup.start)
         self.engine: Engine = start_engine(setup.backend, self._first)

@@ -336,7 +336,11 @@ def _recipe_of(result: StudyResult, params: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_ray_workers_find_what_one_finds_in_each_candidate(tmp_path: Path) -> None:
+def test_two_ray_workers_find_what_one_finds_in_each_candidate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a cluster of their own, whichever one Ray would find by itself."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     result = run(small(6, search={"sampler": "random"}), folder=tmp_path / "two", workers=Workers(2))
     alone = run(small(6, search={"sampler": "random"}), folder=tmp_path / "one")
     assert told(result.study) == told(alone.study)

@@ -18,6 +18,7 @@ from evolve.errors import (
     SearchFileError,
     TrialEngineError,
     TrialMergeError,
+    TrialWorkerError,
     WorkersLostError,
     boundary,
     breaks_worker,
@@ -254,6 +255,16 @@ def start_obedient(folder: Path) -> Callable[[], Evaluates]:
             pass
 
     return Obedient
+
+
+def test_where_a_model_is_missing_no_worker_starts(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    missing = str(tmp_path / "elsewhere/model")
+    setup = replace(plan.setup, references=(*plan.setup.references, missing))
+    with pytest.raises(TrialWorkerError, match=f"on host .*{missing}"):
+        Worker(setup, plan.tasks)
 
 
 @pytest.fixture(scope="module")
