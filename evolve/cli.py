@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -29,6 +30,7 @@ from evolve.errors import (
 from evolve.mergekit_flags import CONSENT, MergekitFlags, with_mergekit_flags
 from evolve.merging import merge
 from evolve.method_table import methods
+from evolve.redaction import printable
 from merge_core.errors import HubUnreachableError, MergeError
 
 if TYPE_CHECKING:
@@ -38,7 +40,11 @@ if TYPE_CHECKING:
     from evolve.workers.start import Workers
 
 MAX_FAULTS = 20
+# Characters of an error line; longer ones lose their middle, and keep the repair at their end.
+MAX_LINE = 1000
 EXIT_OTHER, EXIT_INPUT, EXIT_PAUSED = 1, 2, 130
+# With this variable set an error that nobody thought of ends in Python's traceback.
+DEBUG = "EVOLVE_TRACEBACK"
 PAUSED = "paused; everything finished is recorded, run the same command again to go on"
 # How long a pause may take before the process leaves as it is.
 PATIENCE_S = 30
@@ -419,15 +425,32 @@ def _quiet_libraries() -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _end(faults: list[str], status: int) -> NoReturn:
     """Print the faults as `error: ...` lines and leave."""
     for fault in faults[:MAX_FAULTS]:
-        _say("error: " + " ".join(fault.split()))
+        _say("error: " + _one_line(fault))
     sys.stdout.flush()
     raise SystemExit(status)
+
+
+def _one_line(fault: str) -> str:
+    """Make a fault one line of a readable length, whatever the values that it quotes."""
+    line = " ".join(printable(fault).split())
+    if len(line) > MAX_LINE:
+        line = f"{line[: MAX_LINE - 200]} ... {line[-200:]}"
+    return line
+
+
+def _unforeseen(error: Exception) -> str:
+    """Say of an error that nobody thought of what a report of it needs."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return (
+        f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}); this is a fault of "
+        f"evolve itself, run it again with {DEBUG}=1 for the whole traceback and report that"
+    )
 
 
 _signals: list[int] = []
@@ -480,9 +503,11 @@ def main() -> None:
         if isinstance(error, TrialError):
             _end([str(error)], EXIT_OTHER)
         # Typer's usage errors; it carries its own copy of click, so they are known by their method.
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            _end([error.format_message()], EXIT_INPUT)
+        if os.environ.get(DEBUG):
             raise
-        _end([error.format_message()], EXIT_INPUT)
+        _end([_unforeseen(error)], EXIT_OTHER)
     raise SystemExit(status if isinstance(status, int) else 0)
 
 

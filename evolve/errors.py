@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from evolve.redaction import redacted
 from merge_core.errors import MergeError
 
 
@@ -53,6 +54,9 @@ class TrialError(Exception):
 
     kind = "unknown"
     is_unforeseen = False
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())  # it is kept with the trial
 
 
 class TrialMergeError(TrialError):

@@ -66,7 +66,7 @@ def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None)
         verdict,
         plan.documents(),
         study.violations(trial),
-        plan.tasks.notices(),
+        study.note("notices") or plan.notices(),
         plan.metrics(),
     )
     return export_yaml(recipe, head)

@@ -189,7 +189,8 @@ def resampled(
     for done in range(0, N_RESAMPLES, rows):
         counts = _counts(rng.integers(0, n, (min(rows, N_RESAMPLES - done), n)))
         scores.append(counts[:, : len(values)] @ values / n)
-        differences.append((counts[:, -2] - counts[:, -1]) / n)
+        if made_up:
+            differences.append((counts[:, -2] - counts[:, -1]) / n)
     return Resampled(np.concatenate(scores), np.concatenate(differences) if made_up else nothing)
 
 

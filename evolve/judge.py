@@ -51,6 +51,9 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
         verdict = constrained(verdict, violations, _violations(plan, holdouts[number], baselines))
     unscored = [job.name for job in jobs if job.name not in baselines]
     unscored += [f"trial {n}" for n in finalists if n not in members]
+    own = plan.tasks.notices()  # which the verdict has said
+    if notices := [notice for notice in study.note("notices") or () if notice not in own]:
+        verdict = replace(verdict, text="; ".join([verdict.text, *notices]))
     if unscored:
         text = f"{verdict.text}; not compared with {', '.join(unscored)}, which could not be scored"
         verdict = replace(verdict, text=text)

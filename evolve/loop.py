@@ -113,7 +113,9 @@ def run(
         with study.locked(), full_disk_told(folder):
             study.keep_note("documents", plan.documents())
             study.keep_note("metrics", plan.metrics())
-            study.keep_note("notices", plan.tasks.notices())
+            # What an earlier run was allowed stays said.
+            notices = dict.fromkeys([*(study.note("notices") or ()), *plan.notices()])
+            study.keep_note("notices", list(notices))
             study.keep_note("n_layers", plan.n_layers)
             study.keep_note("memory", asdict(memory))
             before = study.note("seconds_total") or 0.0

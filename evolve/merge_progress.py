@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from evolve.redaction import printable
+
 if TYPE_CHECKING:
     from merge_core.plan import Planned
 
@@ -108,4 +110,4 @@ class _Lines:
 
 def say(text: str) -> None:
     """Print a line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

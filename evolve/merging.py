@@ -12,6 +12,7 @@ import typer
 
 from evolve.errors import PausedError
 from evolve.merge_progress import duration, progress, say
+from evolve.redaction import redacted, secret_faults
 from merge_core.errors import OutputError, RecipeError
 from merge_core.machine import process_seconds
 
@@ -130,6 +131,8 @@ def merge(
     from merge_core.recipe import Recipe, load_yaml
 
     data = load_yaml(recipe)
+    if faults := secret_faults(data):
+        raise RecipeError(faults)
     if isinstance(data, dict) and random_seed is not None:
         data["random_seed"] = random_seed
         data["intermediate"] = {
@@ -211,7 +214,7 @@ def merge(
             **plan_options,
         )
         print(f"wrote {folder}")
-    text = recipe.read_text(encoding="utf-8")
+    text = redacted(recipe.read_text(encoding="utf-8"))
     if random_seed is not None:  # another recipe than the file's, about which the same is to be known
         text = "".join(f"# {NOTICE}{notice}\n" for notice in head_notices(text)) + parsed.to_yaml()
     try:

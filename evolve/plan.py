@@ -140,6 +140,22 @@ class Plan:
             for task in self.tasks.tasks
         }
 
+    def notices(self) -> list[str]:
+        """Say what readers of the result must know: documents that are a benchmark's, code that ran."""
+        found = self.tasks.notices()
+        if self.setup.engine.trust_remote_code:
+            with_code = [
+                reference
+                for reference in self.references()
+                if any(self.sources.architecture(reference).checkpoint.folder.glob("*.py"))
+            ]
+            whose = f"the Python files of {', '.join(with_code)}" if with_code else "no model has any"
+            found.append(f"--trust-remote-code let models' own Python files run: {whose}")
+        unsafe = [task.key for tasks in self._sets() for task in tasks.tasks if task.runs_code]
+        if unsafe:
+            found.append(f"--allow-unsafe-code let code run that models wrote, for {', '.join(unsafe)}")
+        return found
+
     def _drawn(self, task: ScoredTask) -> str:
         """Say how documents were chosen, and from which split, as its data set calls it."""
         splits = ", ".join(dict.fromkeys(leaf.split for leaf in task.leaves))

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from evolve.memory import Memory
 from evolve.plan import Plan
+from evolve.redaction import printable
 from evolve.study import Study
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class ProgressLine:
         self._notice.cancel()
         if self._status:
             self._status.start()
-            self._status.update(text)
+            self._status.update(printable(text))
             return
         left = self._last_line + LINE_EVERY_S - time.monotonic()
         self._notice = Timer(max(0.0, left), self._show, [text, True])
@@ -108,20 +109,21 @@ class ProgressLine:
     def _show(self, text: str, is_due: bool) -> None:
         """Update the live line, or print one where there is no terminal and it is time."""
         if self._status:
-            self._status.update(text)
+            self._status.update(printable(text))
             self._write(text)
         elif is_due:
             self._last_line = time.monotonic()
             self._say(text)
 
     def _say(self, text: str) -> None:
+        text = printable(text)
         self._console.print(text, soft_wrap=True, markup=False)
         self._write(text)
 
     def _write(self, text: str) -> None:
         if self._log:
             with self._log.open("a", encoding="utf-8") as log:
-                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+                log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(text)}\n")
 
     def close(self) -> None:
         """Take the live line away."""

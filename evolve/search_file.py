@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from evolve.errors import SearchFileError
 from evolve.genome import GenomeSpace
 from evolve.mergekit_file import MergekitFile, in_our_words
+from evolve.redaction import secret_faults
 from evolve.space import LayerPathSpace, SearchSpace, Space
 from merge_core.errors import RecipeError, nearest, schema_faults
 from merge_core.moe.recipe import MoeRecipe
@@ -294,7 +295,7 @@ class SearchFile:
 
     def __init__(self, data: Mapping[str, Any], name: str = "search") -> None:
         self.name = name
-        faults: list[str] = []
+        faults = secret_faults(data)
         self.is_mergekit = "genome" in data
         if self.is_mergekit:
             data = in_our_words(data, faults)

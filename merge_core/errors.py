@@ -59,6 +59,12 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def reason(error: BaseException, length: int = 200) -> str:
+    """Quote what another library says went wrong: its first words, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 def field_path(loc: Sequence[str | int]) -> str:
     """Spell a pydantic location as a user would: `models[0].parameters.weight`."""
     path = ""

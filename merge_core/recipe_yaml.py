@@ -7,7 +7,7 @@ They are read as one mapping: the recipe that is wanted, the others under `inter
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import yaml
 
 from merge_core.errors import RecipeError, shown
 
-MAX_YAML_BYTES = 4 << 20
+MAX_YAML_BYTES = 1 << 20
+# Values in a file once its aliases are written out, and levels of lists and mappings.
+MAX_YAML_VALUES = 100_000
+MAX_YAML_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,11 +30,11 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
+            if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} appears twice", key_node.start_mark
                 )
-            seen.add(key if isinstance(key, str) else id(key))
+            seen.add(key if isinstance(key, Hashable) else id(key))
         return super().construct_mapping(node, deep)
 
 
@@ -62,9 +65,7 @@ def load_yaml(path: str | Path) -> Any:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        if text.count("*") > 1000 and text.count("&") > 10:
-            raise RecipeError(f"{path} is full of YAML aliases; write the values out")
-        documents = [data for data in yaml.load_all(text, Loader=_Loader) if data is not None]
+        documents = [data for data in _parsed(text) if data is not None]
     except UnicodeDecodeError:
         raise RecipeError(f"{path} is not UTF-8 text; give a YAML file") from None
     except RecursionError:
@@ -156,3 +157,46 @@ def dump_yaml(data: Mapping[str, Any]) -> str:
         for document in (*documents, plain)
     ]
     return "---\n".join(texts)
+
+
+def _parsed(text: str) -> Iterator[Any]:
+    """Yield a file's documents."""
+    loader = _Loader(text)
+    total = 0
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            n_values, depth = _extent(node, {})
+            total += n_values
+            if total > MAX_YAML_VALUES:
+                raise ValueError(
+                    f"{total} values with its aliases written out, at most {MAX_YAML_VALUES}"
+                )
+            if depth > MAX_YAML_DEPTH:
+                raise RecursionError
+            yield loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Count a node's values with aliases written out, and its levels; each node is visited once.
+
+    Ten lines of aliases to aliases stand for a billion values, which the parser shares and
+    everything after it writes out.
+    """
+    if id(node) in known:
+        found = known[id(node)]
+        if found is None:
+            raise ValueError("an alias stands within what it names")
+        return found
+    known[id(node)] = None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    extents = [_extent(part, known) for part in parts]
+    found = 1 + sum(n for n, _ in extents), 1 + max((depth for _, depth in extents), default=0)
+    known[id(node)] = found
+    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from merge_core.errors import CheckpointError
+from merge_core.errors import CheckpointError, reason
 from merge_core.experts import other_spellings, single_experts
 
 if TYPE_CHECKING:
@@ -44,14 +44,22 @@ def build_model(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 parsed, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except Exception as error:  # a wrong value can end in any exception, at any depth
+        if "memory" in str(error).lower():  # the caller knows of which device
+            raise
         raise CheckpointError(
-            f"{folder / 'config.json'}: Transformers cannot build this model ({error}); use a "
+            f"{folder / 'config.json'}: Transformers cannot build this model ({reason(error)}); use a "
             f"causal language model that the installed version knows"
         ) from error
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder / 'generation_config.json'} cannot be read ({reason(error)}); correct or "
+                f"remove it"
+            ) from error
     # Where lm-eval and users look for the tokenizer.
     model.config._name_or_path = model.name_or_path = str(folder)
     return model.eval()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from evolve.errors import SearchFileError
+from merge_core.errors import CheckpointError, reason
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -123,10 +124,19 @@ def start_engine(backend: str, settings: EngineSettings) -> Engine:
 
 def shape(engine: EngineSettings) -> str:
     """Spell what an engine is built from; models that agree in it can take turns in one."""
-    generation = engine.folder / "generation_config.json"
-    defaults = json.loads(generation.read_text()) if generation.is_file() else {}
+    defaults = _generation_defaults(engine.folder / "generation_config.json")
     config = {"dtype": engine.config.get("torch_dtype"), **engine.config}
     return json.dumps([_computing(config), _computing(defaults)], sort_keys=True)
+
+
+def _generation_defaults(path: Path) -> dict[str, Any]:
+    try:
+        defaults = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}); correct or remove it") from None
+    if not isinstance(defaults, dict):
+        raise CheckpointError(f"{path} is not a JSON object; correct or remove it")
+    return defaults
 
 
 def _computing(config: dict[str, Any]) -> dict[str, Any]:

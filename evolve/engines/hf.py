@@ -165,12 +165,18 @@ def _check_options(options: Mapping[str, Any]) -> None:
         name
         for where in (ResidentLM, HFLM)
         for name in inspect.signature(where).parameters
-        if name not in ("model", "tokenizer", "pretrained", "options", "kwargs")
+        if name not in ("model", "tokenizer", "pretrained", "options", "kwargs", "trust_remote_code")
     }
     faults = [
+        f"scoring.engine.{name} is {options[name]!r}; a file cannot allow code to run, use "
+        f"--trust-remote-code"
+        for name in ("trust_remote_code",)
+        if name in options
+    ]
+    faults += [
         f"scoring.engine has {name!r}, which the hf engine does not know; {nearest(name, known)}"
         for name in options
-        if name not in known
+        if name not in known | {"trust_remote_code"}
     ]
     if faults:
         raise SearchFileError(faults)

@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from evolve.space.variable import Condition, Variable
-from merge_core.errors import nearest
+from merge_core.errors import nearest, shown
 
+# More than any model has layers.
+MAX_POINTS = 1000
 _KEYS = {"low", "high", "start", "log", "step", "points"}
 
 
@@ -66,13 +68,16 @@ def _faults(node: Mapping[str, Any], name: str) -> list[str]:
         if key not in node:
             if key in ("low", "high"):
                 faults.append(f"{name}.{key} is missing; a range needs low and high, add it")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            faults.append(f"{name}.{key} is {value!r}; it must be a finite number")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+            faults.append(f"{name}.{key} is {shown(value)}; it must be a finite number")
         else:
             numbers[key] = value
     points = node.get("points")
-    if points is not None and (not isinstance(points, int) or isinstance(points, bool) or points < 2):
-        faults.append(f"{name}.points is {points!r}; it must be a whole number of at least 2")
+    is_count = isinstance(points, int) and not isinstance(points, bool) and 2 <= points <= MAX_POINTS
+    if points is not None and not is_count:
+        faults.append(
+            f"{name}.points is {shown(points)}; it must be a whole number from 2 to {MAX_POINTS}"
+        )
     if faults:
         return faults
     low, high = numbers["low"], numbers["high"]
@@ -87,13 +92,20 @@ def _faults(node: Mapping[str, Any], name: str) -> list[str]:
     return faults
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
 def _choices_faults(node: Mapping[str, Any], name: str) -> list[str]:
     choices = node["choices"]
     if isinstance(choices, list) and any(isinstance(choice, dict | list) for choice in choices):
-        return [f"{name}.choices is {choices!r}; each choice must be a plain value"]
+        return [f"{name}.choices is {shown(choices)}; each choice must be a plain value"]
     # As recipes compare them: 1, 1.0 and true are one value.
     if not isinstance(choices, list) or len(choices) < 2 or len(set(choices)) < len(choices):
-        return [f"{name}.choices is {choices!r}; it must be a list of at least two different values"]
+        return [f"{name}.choices is {shown(choices)}; it must be a list of at least two different values"]
     if "start" in node and node["start"] not in choices:
-        return [f"{name}.start is {node['start']!r}; it must be one of the choices {choices}"]
+        return [f"{name}.start is {shown(node['start'])}; it must be one of the choices {shown(choices)}"]
     return []

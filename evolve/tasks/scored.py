@@ -51,6 +51,11 @@ class ScoredTask:
         return 1 if self.higher_is_better else -1
 
     @property
+    def runs_code(self) -> bool:
+        """Whether scoring executes what a model wrote."""
+        return any(getattr(leaf.task, "UNSAFE_CODE", False) for leaf in self.leaves)
+
+    @property
     def is_against_metric(self) -> bool:
         """Whether the worse end of the metric is asked for, as a signed entry may."""
         own = self.leaves[0].task.higher_is_better().get(self.metric)

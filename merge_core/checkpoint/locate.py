@@ -76,6 +76,32 @@ def locate(reference: str) -> Path:
     return _download(reference, name, revision or None)
 
 
+def refuse_links_out(reference: str, folder: Path) -> None:
+    """Refuse a model whose files are links to others elsewhere: a merge would copy what they lead to.
+
+    In the Hub's cache files are links to `blobs`, beside the snapshots.
+
+    Raises:
+        CheckpointError: a link leads out of the folder.
+    """
+    inside = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        inside.append(folder.parent.parent.resolve() / "blobs")
+    try:
+        links = [path for path in sorted(folder.iterdir()) if path.is_symlink()]
+        leads = {path: path.resolve() for path in links}
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"model {reference!r}: {folder} cannot be read ({error}); correct it"
+        ) from None
+    for path, target in leads.items():
+        if not any(target.is_relative_to(place) for place in inside):
+            raise CheckpointError(
+                f"model {reference!r}: {path.name} is a link to {target}, outside of its folder; put "
+                f"the file itself into {folder}"
+            )
+
+
 def _can_only_be_a_path(name: str) -> bool:
     """Tell paths from Hub ids (`name` or `organisation/name`)."""
     parts = name.split("/")

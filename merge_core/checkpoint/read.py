@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_core.checkpoint.bin_file import BinFile
-from merge_core.checkpoint.locate import locate, state_dict_file
+from merge_core.checkpoint.locate import locate, refuse_links_out, state_dict_file
 from merge_core.checkpoint.safetensors_file import SafetensorsFile
 from merge_core.checkpoint.safetensors_file import TensorInfo as TensorInfo
-from merge_core.errors import CheckpointError
+from merge_core.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,8 @@ class Checkpoint:
         file = state_dict_file(reference)
         self.is_state_dict = file is not None
         self.folder = file.parent if file else locate(reference)
+        if file is None:
+            refuse_links_out(reference, self.folder)
         self.tensors: dict[str, TensorInfo] = {}
         self._views: dict[str, Tensor] = {}
         self._files: dict[str, SafetensorsFile | BinFile] = {}
@@ -126,7 +128,7 @@ class Checkpoint:
         for name, file in weight_map:
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(
-                    f"{index} names {file!r}; shards must lie in the model's own folder"
+                    f"{index} names {shown(file)}; shards must lie in the model's own folder"
                 )
             shards.setdefault(file, []).append(name)
         for file in shards:

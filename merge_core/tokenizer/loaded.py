@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
-from merge_core.errors import CheckpointError
+from merge_core.errors import CheckpointError, reason
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -22,9 +22,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     transformers.utils.logging.set_verbosity_error()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the Rust library raises the bare class
         raise CheckpointError(
-            f"no tokenizer can be loaded from {folder} ({str(error).splitlines()[0]:.200}); add the "
+            f"no tokenizer can be loaded from {folder} ({reason(error)}); add the "
             f"model's tokenizer files there"
         ) from error
 

@@ -30,12 +30,11 @@ def make_models(testbed: Path, folder: Path, n: int, copies: bool) -> list[Path]
     models = []
     for i in range(n):
         model = folder / f"model{i}"
-        model.mkdir()
-        for path in (testbed / TUNED[i % len(TUNED)]).iterdir():
-            if copies:
-                shutil.copyfile(path, model / path.name)
-            else:
-                (model / path.name).symlink_to(path)
+        source = testbed / TUNED[i % len(TUNED)]
+        if copies:
+            shutil.copytree(source, model)
+        else:
+            model.symlink_to(source)
         models.append(model)
     return models
 
