@@ -336,13 +336,19 @@ def _exported(study: Study, number: int | None, pareto: bool) -> list[Any]:
 
 def _open(folder: Path) -> tuple[Study, Callable[[Any], Any], Verdict | None]:
     """Open a search for reading: the study, trial to recipe, and the verdict if there is one."""
+    from evolve.record_check import reading
     from evolve.study import Study
     from evolve.verdict import Verdict
 
     study = Study.open(folder)
     space = study.search_file().space(lambda model: study.note("n_layers"))
     note = study.note("verdict")
-    return study, lambda trial: space.recipe(trial.params), Verdict.recalled(note) if note else None
+
+    def recipe_of(trial: Any) -> Any:
+        with reading(f"{folder}: trial {trial.number}"):  # search.yml may be another than it was
+            return space.recipe(trial.params)
+
+    return study, recipe_of, Verdict.recalled(note) if note else None
 
 
 app.command()(merge)

@@ -76,7 +76,7 @@ def _trial_in(path: Path) -> int | None:
     """Read whose recipe an exported file holds, at its head."""
     if not path.is_file():
         return None
-    found = re.search(r", trial (\d+), seed \d+\n", path.read_text(encoding="utf-8"))
+    found = re.search(rb", trial (\d+), seed \d+\n", path.read_bytes())
     return int(found[1]) if found else None
 
 

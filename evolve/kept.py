@@ -6,8 +6,9 @@ So a run that was interrupted at its end scores only what is missing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from evolve.errors import TrialError
+from evolve.errors import StorageError, TrialError
 from evolve.plan import Plan
 from evolve.study import Study, load_outcomes, save_outcomes
 from evolve.tasks import SPLITS, Outcomes, Split
@@ -46,4 +47,24 @@ def kept_outcomes(
             study.keep_note(f"{file} failed", [job.name, error.kind, str(error)])
             return None
         scored()
-    return load_outcomes(path)
+    outcomes = load_outcomes(path)
+    _check(path, plan, job, outcomes)
+    return outcomes
+
+
+def _check(path: Path, plan: Plan, job: Job, outcomes: Mapping[Split, Outcomes]) -> None:
+    """Check that a file holds every document that was asked for.
+
+    Raises:
+        StorageError: it does not, and may be made again.
+    """
+    for split in job.splits:
+        tasks = plan.report_only if split == "report" else plan.tasks.following(job.signal)
+        drawn: Split = "search" if split == "report" else split
+        for task in tasks.tasks if tasks else ():
+            n, n_drawn = len(outcomes.get(split, {}).get(task.key, ())), task.n_documents(drawn)
+            if n != n_drawn:
+                raise StorageError(
+                    f"{path} has {n} outcomes of {task.key} where {n_drawn} documents were asked; "
+                    f"remove the file, and run the same command again"
+                )

@@ -20,6 +20,7 @@ from evolve.finals import are_needed, finals
 from evolve.heats import Heats
 from evolve.judge import base_scores, judge, kept_verdict
 from evolve.plan import Plan, make_plan
+from evolve.record_check import check_points
 from evolve.samplers.proposer import Proposer
 from evolve.samplers.stages import sampler_of
 from evolve.search_file import SearchFile
@@ -99,6 +100,7 @@ def run(
     is_apart = False
     if Study.is_in(folder):
         study = open_study()
+        check_points(folder, study.trials(), plan.space)
         if (kept := kept_verdict(study, plan)) is not None:
             return _result(study, plan, kept, was_complete=True)
         for number in suspects(study):

@@ -28,13 +28,13 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from evolve.errors import ResumeRefusedError, SearchFileError, StorageError
 from evolve.front import Hypervolume, front, hypervolume_over_time, ranking, reference_point
 from evolve.objectives import Rating
+from evolve.record_check import check_trials, checked_about, checked_note, reading
 from evolve.samplers import Proposal
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace
 from evolve.tasks import SPLITS, Outcome, Outcomes, Split, as_json, n_documents
 from evolve.workers.worker import Seconds
 from merge_core.checkpoint.write import write_text
-from merge_core.recipe import load_yaml
 
 _FINISHED = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)
 
@@ -67,6 +67,7 @@ class Study:
         self.name = name
         self._storage = storage
         self._study_id = study_id
+        self._checked: dict[str, Any] = {}  # notes as they were last checked, by key
 
     # ---- opening ------------------------------------------------------------------------------
 
@@ -107,6 +108,7 @@ class Study:
             storage.set_study_user_attr(study_id, "identity", json.dumps(identity))
         study = cls(folder, name, storage, study_id)
         study._refuse_other(identity)
+        study.check(n_values)
         (folder / "outcomes").mkdir(exist_ok=True)
         # Without the password, not with stars for it: then the driver's own ways (PGPASSWORD) work.
         shown = make_url(url).set(password=None).render_as_string() if url else None
@@ -146,27 +148,34 @@ class Study:
             SearchFileError: the folder holds none.
             StorageError: the storage cannot be reached.
         """
-        try:
-            about = json.loads((folder / "study.json").read_text())
-        except (OSError, ValueError):
-            raise SearchFileError(
-                f"DIR is {folder}, which holds no search; name the storage path of an `evolve run`"
-            ) from None
-        if not about["storage"] and not (folder / "study.db").is_file():
-            raise SearchFileError(f"DIR is {folder}, whose study.db is gone; restore it")
-        storage = _open_storage(folder, about["storage"])
-        study_id = _find_study(storage, about["study"])
+        name, url = checked_about(folder)
+        storage = _open_storage(folder, url)
+        with reading(folder / "the storage"):
+            study_id = _find_study(storage, name)
         if study_id is None:
-            raise SearchFileError(f"DIR is {folder}; its storage has no study {about['study']!r}")
-        return cls(folder, about["study"], storage, study_id)
+            raise SearchFileError(f"DIR is {folder}; its storage has no study {name!r}")
+        study = cls(folder, name, storage, study_id)
+        study.check()
+        return study
+
+    def check(self, n_values: int | None = None) -> None:
+        """Check what the storage holds of every trial.
+
+        Raises:
+            StorageError: it was changed by hand, or is damaged.
+        """
+        check_trials(self.folder, self.trials(), n_values)
 
     def search_file(self) -> SearchFile:
         """Return the resolved search file that the study was run with."""
-        data = load_yaml(self.folder / "search.yml")
-        return SearchFile(data, self.name)
+        found = SearchFile.load(self.folder / "search.yml")
+        found.name = self.name
+        return found
 
     def _refuse_other(self, identity: Mapping[str, Any]) -> None:
-        stored = json.loads(self._storage.get_study_user_attrs(self._study_id).get("identity", "{}"))
+        stored = self.note("identity")
+        if not isinstance(stored, dict):
+            stored = {}
         identity = json.loads(json.dumps(identity))
         faults = [
             f"{topic}: the search in {self.folder} has {_short(stored.get(topic))}, this one has "
@@ -181,7 +190,8 @@ class Study:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""
-        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+        with reading(self.folder / "the storage"):
+            return self._storage.get_all_trials(self._study_id, deepcopy=False)
 
     def finished(self) -> list[FrozenTrial]:
         """The trials that were told, by number."""
@@ -387,8 +397,14 @@ class Study:
 
     def note(self, key: str) -> Any:
         """Read a note kept with the study; None where there is none."""
-        text = self._storage.get_study_user_attrs(self._study_id).get(key)
-        return None if text is None else json.loads(text)
+        with reading(self.folder / key):
+            text = self._storage.get_study_user_attrs(self._study_id).get(key)
+            note = None if text is None else json.loads(text)
+        if note is None or self._checked.get(key) == text:
+            return note
+        found = checked_note(self.folder, key, note, len(self.trials()))
+        self._checked[key] = text
+        return found
 
     def keep_note(self, key: str, value: Any) -> None:
         """Keep a note (JSON) with the study."""
@@ -498,7 +514,16 @@ def save_outcomes(path: Path, outcomes: Mapping[Split, Outcomes]) -> None:
 
 
 def load_outcomes(path: Path) -> dict[Split, Outcomes]:
-    """Read what `save_outcomes` wrote."""
+    """Read what `save_outcomes` wrote.
+
+    Raises:
+        StorageError: the file is missing or damaged.
+    """
+    with reading(path):
+        return _loaded(path)
+
+
+def _loaded(path: Path) -> dict[Split, Outcomes]:
     import pyarrow.parquet as pq
 
     found: dict[Split, Outcomes] = {split: {} for split in SPLITS}  # `report` where it is there

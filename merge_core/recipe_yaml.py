@@ -166,6 +166,7 @@ def _parsed(text: str) -> Iterator[Any]:
     try:
         while loader.check_node():
             node = loader.get_node()
+            assert node is not None
             n_values, depth = _extent(node, {})
             total += n_values
             if total > MAX_YAML_VALUES:

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import sqlite3
@@ -192,9 +191,13 @@ class World:
 
     Args:
         root: an empty folder.
+
+    Attributes:
+        last: what the last input's command did.
     """
 
     def __init__(self, root: Path) -> None:
+        self.last = Watched()
         self.root = root.resolve()
         self.case = self.root / "case"
         self.out = self.case / "out"
@@ -424,7 +427,7 @@ class World:
         shutil.rmtree(self.case, ignore_errors=True)
         self.case.mkdir()
         command: list[str] = getattr(self, f"_{kind}")(rng)
-        watched = self.run(command, self.out)
+        watched = self.last = self.run(command, self.out)
         faults = faults_of(watched)
         after = self.listing()
         changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
@@ -634,11 +637,6 @@ def _other_value(rng: random.Random, value: Any) -> Any:
             return json.dumps(_other_value(rng, tree))
         return json.dumps(mutated_tree(rng, tree), default=str)
     return rng.choice([v for v in VALUES if isinstance(v, int | float | str | bytes | None)])
-
-
-def limit_memory(n_bytes: int) -> None:
-    """Let allocations beyond it fail, so that an input that wants all memory cannot take it."""
-    resource.setrlimit(resource.RLIMIT_AS, (n_bytes, resource.RLIM_INFINITY))
 
 
 sys.addaudithook(_audit)
