@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from evolve.errors import SearchFileError, StorageError
 from evolve.redaction import redacted
@@ -29,47 +29,47 @@ _REPAIR = "restore it from a copy, or give another --storage-path"
 _MOST_FAULTS = 5
 
 
-class _Failure(TypedDict):
+class _Failure(BaseModel):
     kind: str
     text: str
 
 
-class _Attributes(TypedDict, total=False):
+class _Attributes(BaseModel):
     """What trials carry; samplers keep more, which they check by themselves."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    model_config = ConfigDict(strict=True)
 
-    attempts: int
-    told: int
-    known: str
-    documents: int
-    objective: float
-    scores: dict[str, float]
-    seconds: dict[str, float]
-    standard_errors: dict[str, float]
-    violations: dict[str, float]
-    failure: _Failure
+    attempts: int = 1
+    told: int = 0
+    known: str = ""
+    documents: int = 0
+    objective: float = 0.0
+    scores: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    standard_errors: dict[str, float] = {}
+    violations: dict[str, float] = {}
+    failure: _Failure | None = None
 
 
-class _Rating(TypedDict):
+class _Rating(BaseModel):
     values: list[float]
     objective: float
     violations: dict[str, float]
 
 
-class _Finalist(TypedDict):
+class _Finalist(BaseModel):
     number: int
     scores: dict[str, float]
     rating: _Rating
 
 
-class _Finals(TypedDict):
+class _Finals(BaseModel):
     finished: int
     documents: int
     finalists: list[_Finalist]
 
 
-class _Shortlist(TypedDict):
+class _Shortlist(BaseModel):
     trials: list[int]
     finished: int
 
@@ -126,7 +126,7 @@ def _trial_fault(trial: FrozenTrial, number: int, n_values: int | None) -> str |
     if trial.number != number:
         return f"its number is {trial.number}"
     try:
-        attributes = _checker(_Attributes).validate_python(trial.user_attrs)
+        _Attributes.model_validate(trial.user_attrs)
     except ValidationError as error:
         return _first(error)
     needed: tuple[str, ...] = ()
@@ -141,7 +141,7 @@ def _trial_fault(trial: FrozenTrial, number: int, n_values: int | None) -> str |
             return f"its constraints are {shown(trial.constraints)}"
     elif trial.state.name == "FAIL":
         needed = ("failure", "told")
-    missing = [key for key in needed if key not in attributes]
+    missing = [key for key in needed if trial.user_attrs.get(key) is None]
     return f"it has no {missing[0]}" if missing else None
 
 

@@ -40,6 +40,13 @@ _MAX_STARTS, _START_AGAIN_S = 3, 5.0
 _PATIENCE_S = 30.0
 # How long workers that are idle may take to tidy up.
 _CLOSE_S = 5.0
+# A Ray of our own has no dashboard, and listens to this machine alone. "local": left to itself Ray
+# would join whatever cluster somebody started on this machine.
+_ALONE: dict[str, Any] = {
+    "address": "local",
+    "include_dashboard": False,
+    "_node_ip_address": "127.0.0.1",
+}
 # What torch takes its number of threads from; either may stand in the environment already.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -301,10 +308,7 @@ class RayPool:
 
 
 def _start_ray(address: str | None) -> None:
-    # "local": left to itself Ray would join whatever cluster somebody started on this machine.
-    options: dict[str, Any] = {"address": address or "local"}
-    if not address:
-        options["include_dashboard"] = False
+    options: dict[str, Any] = {"address": address} if address else _ALONE
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
