@@ -6,7 +6,9 @@
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -152,3 +154,95 @@ def test_a_task_of_one_document_is_judged(world: World, tmp_path: Path) -> None:
     watched = world.run(["run", str(file), "--storage-path", str(tmp_path / "out")], tmp_path / "out")
     assert faults_of(watched) == []
     assert watched.status == 0, watched.err
+
+
+def _sql(*statements: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        with closing(sqlite3.connect(folder / "study.db")) as database:
+            for statement in statements:
+                assert database.execute(statement).rowcount
+            database.commit()
+
+    return change
+
+
+def _about(**about: object) -> Callable[[Path], object]:
+    return lambda folder: (folder / "study.json").write_text(json.dumps(about))
+
+
+def _truncated(file: str, n_bytes: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes((folder / file).read_bytes()[:n_bytes])
+
+
+CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "study.json is a list": (_write("study.json", "[1]"), "it must be {study: a name"),
+    "study.json is no JSON": (_write("study.json", "{"), "holds no search"),
+    "a URL that is none": (_about(study="study0", storage="no url"), "no database URL"),
+    "a database elsewhere": (
+        _about(study="study0", storage="sqlite:////nowhere/at/all.db"),
+        "cannot be opened",
+    ),
+    "a file that is no database": (_write("study.db", "x" * 5000), "file is not a database"),
+    "half a database": (_truncated("study.db", 9000), "study.db"),
+    "an empty database": (_truncated("study.db", 0), "no database of a search"),
+    "search.yml is empty": (_write("search.yml", ""), "is empty"),
+    "search.yml is a list": (_write("search.yml", "- 1"), "must be a mapping"),
+    "search.yml has other ranges": (
+        _write("search.yml", "merge_method: {choices: [ties, linear]}\nmodels: [{model: models/x}]\n"),
+        "error: ",
+    ),
+    "scores that are none": (
+        _sql("update trial_user_attributes set value_json = '[]' where key = 'scores'"),
+        "trial 0 is damaged (scores is [])",
+    ),
+    "no scores": (
+        _sql("delete from trial_user_attributes where key = 'scores'"),
+        "trial 0 is damaged (it has no scores)",
+    ),
+    "a value that is text": (_sql("update trial_values set value = 'x'"), "damaged"),
+    "a value that is infinite": (_sql("update trial_values set value_type = 'INF_POS'"), "damaged"),
+    "a state that is none": (_sql("update trials set state = 'DONE'"), "damaged"),
+    "a trial that is gone": (_sql("delete from trials where number = 1"), "damaged"),
+    "parameters of another kind": (
+        _sql("update trial_params set distribution_json = '{}'"),
+        "damaged",
+    ),
+    "a verdict on nobody": (
+        _sql(
+            "update study_user_attributes set value_json = "
+            "replace(value_json, '\\\"trial\\\": ', '\\\"trial\\\": 77') where key = 'verdict'"
+        ),
+        "what is noted as 'verdict' is damaged (there is no trial 77",
+    ),
+    "a verdict that is none": (
+        _sql("update study_user_attributes set value_json = '\"{}\"' where key = 'verdict'"),
+        "what is noted as 'verdict' is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_storage_changed_by_hand_is_told_in_one_line(world: World, tmp_path: Path, case: str) -> None:
+    change, expected = CHANGED[case]
+    folder = tmp_path / "study"
+    shutil.copytree(world.studies[0], folder)
+    change(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    watched = world.run(["export", str(folder)], folder)
+    assert faults_of(watched) == []
+    assert watched.status in (1, 2), watched.out
+    assert expected in watched.err
+    assert before.items() <= {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}.items()
+
+
+def test_outcomes_that_are_damaged_are_named(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(world.studies[0], folder)
+    (path,) = folder.glob("outcomes/baseline-0.parquet")
+    for damage in (path.read_bytes()[:50], b""):
+        path.write_bytes(damage)
+        more = ["run", "study0.yml", "--storage-path", str(folder), "--n-iterations", "4"]
+        watched = world.run(more, folder)
+        assert faults_of(watched) == []
+        assert watched.status == 1
+        assert f"{path} is damaged" in watched.err

@@ -709,6 +709,9 @@ def test_a_shared_value_must_suit_every_method_that_reads_it():
 
 # ---- files --------------------------------------------------------------------------------------
 
+LAUGHS = "a0: &a0 [x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
 TEXTS = {
     "a key given twice": (
         "merge_method: ties\ndtype: float32\ndtype: bfloat16\n",
@@ -726,7 +729,15 @@ TEXTS = {
     "a day that does not exist": ("dtype: 2026-99-99\n", r": not valid YAML: "),
     "a mapping that is none": ("a: !!map [x, y]\n", r": not valid YAML: "),
     "a number that is none": ("a: !!int x\n", r": not valid YAML: "),
+    "a number as a key given twice": ("a: {1: x, 1: y}\n", r":1:11: .*key 1 appears twice"),
     "deep nesting": ("[" * 1200, r": not valid YAML: "),
+    "nesting that still parses": ("[" * 60 + "]" * 60, r": not valid YAML: nested too deeply"),
+    "a billion values by aliases": (LAUGHS, r"[0-9]{10} values with its aliases written out"),
+    "aliases in many documents": (
+        "\n---\n".join(["a: &a [" + "1," * 99 + "]\nb: [" + "*a," * 99 + "]\n"] * 20),
+        r"values with its aliases written out",
+    ),
+    "an alias within what it names": ("a: &a [*a]\n", r": not valid YAML: "),
 }
 
 
