@@ -53,7 +53,7 @@ def kept_outcomes(
 
 
 def _check(path: Path, plan: Plan, job: Job, outcomes: Mapping[Split, Outcomes]) -> None:
-    """Check that a file holds every document that was asked for.
+    """Check that a file holds every task and split that was asked for.
 
     Raises:
         StorageError: it does not, and may be made again.
@@ -62,9 +62,8 @@ def _check(path: Path, plan: Plan, job: Job, outcomes: Mapping[Split, Outcomes])
         tasks = plan.report_only if split == "report" else plan.tasks.following(job.signal)
         drawn: Split = "search" if split == "report" else split
         for task in tasks.tasks if tasks else ():
-            n, n_drawn = len(outcomes.get(split, {}).get(task.key, ())), task.n_documents(drawn)
-            if n != n_drawn:
+            if task.n_documents(drawn) and not outcomes.get(split, {}).get(task.key):
                 raise StorageError(
-                    f"{path} has {n} outcomes of {task.key} where {n_drawn} documents were asked; "
-                    f"remove the file, and run the same command again"
+                    f"{path} has no outcomes of {task.key} on {split} documents; remove the file, and "
+                    f"run the same command again"
                 )
