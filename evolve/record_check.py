@@ -270,6 +270,8 @@ def checked_about(folder: Path) -> tuple[str, str | None]:
 
 def _check_database(where: Path, file: Path) -> None:
     """Look, without writing, whether a file is the database of a search."""
+    if not file.is_file():
+        raise StorageError(f"{where}: {file} cannot be opened (no such file); {_REPAIR}")
     try:
         with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
             found = database.execute("select 1 from sqlite_master where name = 'studies'").fetchone()

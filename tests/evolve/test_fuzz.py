@@ -16,8 +16,8 @@ import yaml
 
 from .fuzzing import KINDS, World, faults_of
 
-N_FAST = {"search": 30, "recipe": 80, "model": 60, "storage": 30}
-N_SLOW = {"search": 100, "recipe": 150, "model": 150, "storage": 100}
+N_FAST = {"search": 20, "recipe": 60, "model": 40, "storage": 4}
+N_SLOW = {"search": 80, "recipe": 150, "model": 150, "storage": 40}
 
 
 @pytest.fixture(scope="module")
