@@ -16,7 +16,7 @@ import yaml
 
 from .fuzzing import KINDS, World, faults_of
 
-N_FAST = {"search": 20, "recipe": 60, "model": 40, "storage": 4}
+N_FAST = {"search": 20, "recipe": 60, "model": 40, "storage": 2}
 N_SLOW = {"search": 80, "recipe": 150, "model": 150, "storage": 40}
 
 
