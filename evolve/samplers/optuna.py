@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from copy import copy
 
 import optuna
@@ -15,6 +15,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
+from optuna.samplers._ga import BaseGASampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,8 +24,29 @@ from evolve.space import SearchSpace
 
 # Optuna's own 50 would be half of a usual search in the first generation, which is random.
 POPULATION = 16
-# Where Optuna keeps the generation of a trial.
-_GENERATION = {"nsga2": "NSGAIISampler:generation", "nsga3": "NSGAIIISampler:generation"}
+# Keys the generators that select parents; no trial has this number.
+_SELECTING = 1 << 31
+
+
+class _Genetic(BaseGASampler):
+    """A genetic sampler that is told the parents of past generations, the first one's apart."""
+
+    parents: Sequence[list[FrozenTrial]] = ()
+
+    def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        if 1 <= generation <= len(self.parents):
+            return self.parents[generation - 1]
+        return super().get_parent_population(study, generation)
+
+
+class _Nsga2(_Genetic, NSGAIISampler): ...
+
+
+class _Nsga3(_Genetic, NSGAIIISampler): ...
+
+
+# Where they keep the generation of a trial.
+_GENERATION = {"nsga2": _Nsga2._get_generation_key(), "nsga3": _Nsga3._get_generation_key()}
 
 
 def _build(name: str, seed: int, is_conditional: bool) -> BaseSampler:
@@ -35,9 +57,9 @@ def _build(name: str, seed: int, is_conditional: bool) -> BaseSampler:
         # Scores of few documents are noisy: the process must not go through every one of them.
         return GPSampler(seed=seed, deterministic_objective=False)
     if name == "nsga2":
-        return NSGAIISampler(seed=seed, population_size=POPULATION)
+        return _Nsga2(seed=seed, population_size=POPULATION)
     if name == "nsga3":
-        return NSGAIIISampler(seed=seed, population_size=POPULATION)
+        return _Nsga3(seed=seed, population_size=POPULATION)
     return RandomSampler(seed=seed)
 
 
@@ -67,53 +89,101 @@ class OptunaSampler:
     """tpe, gp, nsga2, nsga3 or random, for one objective or several.
 
     Each proposal asks a fresh sampler, seeded by (seed, number, attempt), in a study in memory that
-    holds all trials so far, pending ones and constraints included.
+    holds all trials so far, pending ones and constraints included. What follows from the record alone
+    is kept from proposal to proposal.
     """
 
     def __init__(self, name: str, space: SearchSpace, seed: int, n_objectives: int = 1) -> None:
         self._name = name
-        self._starts = space.starts()
-        self._distributions = space.distributions()
         self._seed = seed
         self._n_objectives = n_objectives
+        self._distributions = space.distributions()
+        self._record = _Rewritten(name, space)
+        self._parents: list[list[FrozenTrial]] = []
 
     def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
         """Propose trial `number`, see Sampler."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         seed = int(derived_rng(self._seed, number, attempt).randint(2**31 - 1))
-        is_conditional = any(len(trial.params) < len(self._distributions) for trial in trials)
+        past = [] if self._name == "random" else self._record.read(trials)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = _build(self._name, seed, self._record.is_conditional)
             study = optuna.create_study(
-                storage=_Record(list(self._as_optuna_has_them(trials))),
-                sampler=_build(self._name, seed, is_conditional),
-                directions=["maximize"] * self._n_objectives,
+                storage=_Record(past), sampler=sampler, directions=["maximize"] * self._n_objectives
             )
+            if isinstance(sampler, _Genetic):
+                self._select_parents(study)
+                sampler.parents = self._parents
             trial = study.ask(self._distributions)
         key = _GENERATION.get(self._name)
         drawn = study.get_trials(deepcopy=False)[-1].system_attrs
         return Proposal(dict(trial.params), {"generation": drawn[key]} if key else {})
 
-    def _as_optuna_has_them(self, trials: Sequence[FrozenTrial]) -> Iterator[FrozenTrial]:
-        """Give trials the generation that they were drawn in, and values where they have none.
+    def _select_parents(self, study: optuna.Study) -> None:
+        """Select the parents of every generation that no trial can change any more.
 
-        Known recipes are of the first generation, other candidates that the sampler did not draw of
-        the latest. TPE alone learns from trials that lack parameters; for the others what a recipe
-        does not read stands at its start.
+        A fresh sampler would do it for each proposal, from the first generation on, and go deeper with
+        each than Python lets it. Selection that draws does so by the generation.
         """
-        key = _GENERATION.get(self._name)
-        latest = 0
-        for trial in trials:
-            made = trial
-            if self._name in ("gp", "nsga2", "nsga3") and len(trial.params) < len(self._distributions):
-                made = copy(trial)
-                made.distributions = self._distributions
-                made.params = {**self._starts, **trial.params}
-            if key is not None:
-                latest = max(latest, trial.user_attrs.get("generation", 0))
-                made = copy(made)
-                made.system_attrs = {
-                    **trial.system_attrs,
-                    key: trial.user_attrs.get("generation", latest),
-                }
-            yield made
+        for generation in range(len(self._parents) + 1, self._record.n_settled + 1):
+            seed = int(derived_rng(self._seed, _SELECTING, generation).randint(2**31 - 1))
+            selecting = _build(self._name, seed, False)
+            assert isinstance(selecting, _Genetic)
+            selecting.parents = self._parents
+            self._parents.append(selecting.get_parent_population(study, generation))
+
+
+class _Rewritten:
+    """Recorded trials as Optuna's samplers want them, rewritten when they begin and when they are told.
+
+    Genetic samplers want the generation that each was drawn in: known recipes are of the first, other
+    candidates that the sampler did not draw of the latest. TPE alone learns from trials that lack
+    parameters; for the others what a recipe does not read stands at its start.
+
+    Attributes:
+        is_conditional: whether a trial lacks parameters.
+        n_settled: the latest generation whose forebears are all finished.
+    """
+
+    def __init__(self, name: str, space: SearchSpace) -> None:
+        self._starts = space.starts()
+        self._distributions = space.distributions()
+        self._fills = name in ("gp", "nsga2", "nsga3")
+        self._key = _GENERATION.get(name)
+        self._trials: list[FrozenTrial] = []
+        self._generations: list[int] = []
+        self._running: list[int] = []
+        self._latest = 0
+        self.is_conditional = False
+
+    def read(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Take up what is new since the last call; return all trials, by number."""
+        for place in range(len(self._trials), len(trials)):
+            trial = trials[place]
+            drawn_in = trial.user_attrs.get("generation")
+            self._latest = max(self._latest, drawn_in or 0)
+            self._generations.append(self._latest if drawn_in is None else drawn_in)
+            self.is_conditional |= len(trial.params) < len(self._distributions)
+            self._trials.append(trial)
+            self._running.append(place)
+        for place in self._running:
+            self._trials[place] = self._rewritten(trials[place], place)
+        self._running = [place for place in self._running if not trials[place].state.is_finished()]
+        return self._trials
+
+    @property
+    def n_settled(self) -> int:
+        under_way = [self._generations[place] for place in self._running]
+        return min([self._latest, *under_way])
+
+    def _rewritten(self, trial: FrozenTrial, place: int) -> FrozenTrial:
+        made = trial
+        if self._fills and len(trial.params) < len(self._distributions):
+            made = copy(trial)
+            made.distributions = self._distributions
+            made.params = {**self._starts, **trial.params}
+        if self._key is not None:
+            made = copy(made)
+            made.system_attrs = {**trial.system_attrs, self._key: self._generations[place]}
+        return made
