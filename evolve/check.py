@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from evolve.budget import n_gpus
 from evolve.forecast import foretell
 from evolve.memory import Memory
 from evolve.merge_progress import duration
@@ -32,8 +33,8 @@ def check_json(
     """Return the JSON object of `evolve run --check --json`; seconds, bytes, GB as in `Memory`."""
     settings, pace = plan.search_file.search, rehearsal.pace
     forecast = foretell(pace, amounts(plan, workers.count))
-    n_gpus = _n_gpus(plan, workers)
-    gpu_hours = forecast.gpu_hours(n_gpus)
+    gpus = n_gpus(plan, workers)
+    gpu_hours = forecast.gpu_hours(gpus)
     return {
         "search": plan.search_file.name,
         "variables": [_variable_json(variable) for variable in plan.space.variables],
@@ -73,7 +74,7 @@ def check_json(
             "candidate": pace.candidate_s,
         },
         "seconds": {**forecast.parts(), "total": forecast.total_s},
-        "gpus": n_gpus,
+        "gpus": gpus,
         "gpu_hours": gpu_hours,
         "money": None if gpu_hour_price is None else gpu_hours * gpu_hour_price,
     }
@@ -106,14 +107,6 @@ def _generation(plan: Plan) -> int | None:
     settings = plan.search_file.search
     sampler = sampler_of(settings, plan.space, len(plan.objectives.names))
     return getattr(sampler, "popsize", None)
-
-
-def _n_gpus(plan: Plan, workers: Workers) -> float:
-    """Return how many GPUs the workers hold; one that splits a model over several holds them all."""
-    if not plan.setup.engine.device.startswith("cuda"):
-        return 0
-    ranks = int(plan.setup.engine.options.get("tensor_parallel_size", 1))
-    return workers.count * max(workers.gpus_each or 1, ranks)
 
 
 def print_check(data: dict[str, Any]) -> None:

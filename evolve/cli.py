@@ -1,4 +1,4 @@
-"""The commands: evolve run | status | export | merge | methods | eval.
+"""The commands: evolve run | status | report | export | merge | methods | eval.
 
 Only the command line lives here; what a command does is imported when it runs, so that
 `evolve --help` answers at once.
@@ -81,6 +81,9 @@ def run(
     storage: Annotated[
         str | None, typer.Option(help="URL of another storage, such as PostgreSQL")
     ] = None,
+    artifacts: Annotated[
+        Path | None, typer.Option(help="folder that all hosts see, for outcomes too")
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="auto, cma, tpe, gp, nsga2, nsga3, qmc, random or greedy_soup")
     ] = None,
@@ -156,6 +159,7 @@ def run(
                 search_file,
                 folder=storage_path,
                 storage=storage,
+                artifacts=artifacts,
                 workers=placed,
                 device=device,
                 trust_remote_code=trust_remote_code,
@@ -168,7 +172,12 @@ def run(
         progress.close()
     data, folder = result_json(result), result.study.folder
     if result.was_complete:
-        more = result.study.note("exhausted") or "raise --n-iterations to go on"
+        more = result.study.note("exhausted")
+        if not more:
+            ended = data["ended"]
+            more = (
+                f"it ended at {ended}; raise that to go on" if ended else "raise --n-iterations to go on"
+            )
         _say(f"the search in {folder} is complete; {more}")
     if as_json:
         print(json.dumps(data))
@@ -250,6 +259,31 @@ def status(
         if "failure" in trial.user_attrs:
             failure = trial.user_attrs["failure"]
             print(f"trial {trial.number} failed at {failure['kind']}: {failure['text'].splitlines()[0]}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="storage path of a search", metavar="DIR")],
+    output: Annotated[Path | None, typer.Option("-o", help="file; default: DIR/report.html")] = None,
+) -> None:
+    """Write a report of a search: one HTML file with tables and charts."""
+    from evolve.errors import SearchFileError
+    from evolve.html_report import html_report
+    from evolve.report import study_json
+    from merge_core.checkpoint.write import write_text
+
+    study, recipe_of, verdict = _open(folder)
+    best = study.best()
+    data = study_json(study, recipe_of(best) if best else None, verdict)
+    output = output or folder / "report.html"
+    text = html_report(study, study.search_file().space(lambda model: study.note("n_layers")), data)
+    try:
+        write_text(output, text)
+    except OSError as error:
+        raise SearchFileError(
+            f"-o is {output}, which cannot be written ({error.strerror}); name another file"
+        ) from None
+    _say(f"wrote {output}")
 
 
 @app.command()

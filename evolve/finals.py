@@ -27,6 +27,8 @@ from evolve.workers.worker import Job
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from evolve.budget import Budget
+
 # How many, where candidates were not raced: a twentieth of the candidates, and no fewer than three.
 SHARE = 0.05
 FEWEST = 3
@@ -45,7 +47,14 @@ def n_finalists(plan: Plan) -> int:
     return max(FEWEST, math.ceil(SHARE * plan.search_file.search.n_iterations))
 
 
-def finals(study: Study, plan: Plan, pool: Pool, heats: Heats, scored: Callable[[], None]) -> None:
+def finals(
+    study: Study,
+    plan: Plan,
+    pool: Pool,
+    heats: Heats,
+    budget: Budget,
+    scored: Callable[[], None],
+) -> None:
     """Score the best candidates by the tasks' metrics, and keep their order.
 
     They are taken in the order of what the sampler saw; one that cannot be scored makes way for the
@@ -53,6 +62,7 @@ def finals(study: Study, plan: Plan, pool: Pool, heats: Heats, scored: Callable[
     trial has finished since, nothing is done.
 
     Args:
+        budget: ends the finals where the next finalist would exceed it.
         scored: called for each candidate that had to be scored.
 
     Raises:
@@ -60,7 +70,7 @@ def finals(study: Study, plan: Plan, pool: Pool, heats: Heats, scored: Callable[
     """
     if study.has_finals:
         return
-    ranked, n_documents = heats.elite(pool, scored)
+    ranked, n_documents = heats.elite(pool, budget, scored)
     # Of a front every member: the sampler finds none better than another.
     n = max(n_finalists(plan), 0 if heats.race else len(study.front()))
     by_metric = Objectives(plan.tasks, plan.search_file.search, "metric")
@@ -68,6 +78,9 @@ def finals(study: Study, plan: Plan, pool: Pool, heats: Heats, scored: Callable[
     for trial in ranked[: 2 * n]:
         scores = _known_scores(plan, trial)
         if scores is None:
+            if not budget.allows(plan.tasks.n_documents):
+                break
+            budget.ask(plan.tasks.n_documents)
             scores = _scored(study, plan, pool, trial, scored)
             n_documents += plan.tasks.n_documents
         if scores is not None:

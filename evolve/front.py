@@ -39,10 +39,11 @@ def ranking(values: np.ndarray, violations: Sequence[float]) -> list[int]:
         values: shape (candidates, objectives).
         violations: the total of each; 0 where every constraint is met.
     """
-    members = front(values, violations)
+    members = set(front(values, violations))
     if not len(values) or values.shape[1] == 1:
         return sorted(range(len(values)), key=lambda i: (violations[i], -values[i, 0], i))
-    middle = members[knee(values[members])] if members else None
+    in_order = sorted(members)
+    middle = in_order[knee(values[in_order])] if members else None
     return sorted(range(len(values)), key=lambda i: (violations[i], i != middle, i not in members, i))
 
 
@@ -68,10 +69,15 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
     Returns:
         Shape (points,), bool.
     """
-    at_least = (values[:, None] >= values[None]).all(axis=2)
-    better = (values[:, None] > values[None]).any(axis=2)
-    is_dominated = np.asarray((at_least & better).any(axis=0))
-    return ~is_dominated
+    points, which = np.unique(values, axis=0, return_inverse=True)
+    found = np.zeros(len(points), bool)
+    front = points[:0]
+    for i in range(len(points) - 1, -1, -1):  # no point is dominated by one that comes later
+        if not (front >= points[i]).all(axis=1).any():
+            found[i] = True
+            front = np.vstack([front, points[i]])
+    is_on_front: np.ndarray = found[which.ravel()]
+    return is_on_front
 
 
 def reference_point(values: np.ndarray) -> np.ndarray:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evolve.front import front, ranking
 from evolve.kept import kept_outcomes
 from evolve.plan import Plan
-from evolve.racing import Document, Round, values_of
-from evolve.study import Study, load_outcomes
+from evolve.racing import Document, Race, Round, Values, values_of
+from evolve.study import Study
 from evolve.tasks import Documents, Outcomes, n_documents
 from evolve.workers import Pool
 from evolve.workers.worker import Job, Result
@@ -20,6 +20,8 @@ from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+    from evolve.budget import Budget
 
 
 class Heats:
@@ -39,10 +41,15 @@ class Heats:
         self._halves: dict[int, Result] = {}
         if self.race:
             for trial in sorted(study.ranked(), key=lambda trial: int(trial.user_attrs["told"])):
-                self.race.tell(trial.number, values_of(self._told(trial.number)))
+                self.race.tell(trial.number, self._values(self.race, trial))
+
+    def _values(self, race: Race, trial: FrozenTrial) -> Values:
+        if (recorded := trial.user_attrs.get("raced")) is not None:
+            return race.recalled(trial.number, recorded)
+        return values_of(self._told(trial.number))
 
     def _told(self, number: int) -> Outcomes:
-        return load_outcomes(self._study.outcomes_path(f"trial-{number}"))["search"]
+        return self._study.outcomes.load(f"trial-{number}")["search"]
 
     # ---- during the search ----------------------------------------------------------------------
 
@@ -91,6 +98,10 @@ class Heats:
             {key: estimate.standard_error for key, estimate in estimates.items()},
         )
 
+    def recorded(self, number: int, outcomes: Outcomes) -> dict[str, Any]:
+        """Return what a trial's record says of its race, so that a resume need not open every file."""
+        return {"raced": self.race.recorded(number, values_of(outcomes))} if self.race else {}
+
     def tell(self, number: int, outcomes: Outcomes) -> None:
         """Learn from a candidate that was told."""
         if self.race:
@@ -98,56 +109,73 @@ class Heats:
 
     # ---- before the finals ----------------------------------------------------------------------
 
-    def elite(self, pool: Pool, scored: Callable[[], None]) -> tuple[list[FrozenTrial], int]:
+    def elite(
+        self, pool: Pool, budget: Budget, scored: Callable[[], None]
+    ) -> tuple[list[FrozenTrial], int]:
         """Return the candidates for the finals, the best first, and how many documents it took.
 
-        Raced candidates go through rounds, in which those who are left are asked more documents.
+        Raced candidates go through rounds, in which those who are left are asked more documents, as long
+        as the budget allows it.
         """
-        ranked = self._study.ranked()
-        if self.race is None:
+        ranked, race = self._study.ranked(), self.race
+        if race is None:
             return ranked, 0
-        known = {trial.number: self._told(trial.number) for trial in ranked}
+        values = {trial.number: self._values(race, trial) for trial in ranked}
+        known: dict[int, Outcomes] = {}  # of those who take part
         n_asked = 0
-        for i, each in enumerate(self.race.rounds()):
-            ranked = ranked[: max(each.n_candidates, self._n_on_front(ranked, known, each))]
+        for i, each in enumerate(race.rounds()):
+            ranked = ranked[: max(each.n_candidates, self._n_on_front(race, ranked, values, each))]
             for trial in ranked:
-                more = self._asked(trial, each, i, known[trial.number], pool, scored)
+                if trial.number not in known:
+                    known[trial.number] = self._told(trial.number)
+                wanted = self._wanted(each, known[trial.number])
+                n_wanted = len({document for every in wanted.values() for document in every})
+                if not n_wanted or not budget.allows(n_wanted, keep_for_finals=True):
+                    continue
+                budget.ask(n_wanted)
+                more = self._asked(trial, wanted, i, pool, scored)
                 if more is not None:
                     n_asked += n_documents(more)
                     known[trial.number] = joined(known[trial.number], more)
-            ranked = [ranked[j] for j in ranking(*self._rated(ranked, known))]
+                    values[trial.number] = values_of(known[trial.number])
+            ranked = [ranked[j] for j in ranking(*self._rated(race, ranked, values))]
         return ranked, n_asked
 
-    def _n_on_front(self, ranked: list[FrozenTrial], known: Mapping[int, Outcomes], each: Round) -> int:
+    def _n_on_front(
+        self, race: Race, ranked: list[FrozenTrial], values: Mapping[int, Values], each: Round
+    ) -> int:
         """Count the Pareto front, whose members are all as good; at most twice the round's places."""
-        return min(len(front(*self._rated(ranked, known))), 2 * each.n_candidates)
+        return min(len(front(*self._rated(race, ranked, values))), 2 * each.n_candidates)
 
     def _rated(
-        self, trials: list[FrozenTrial], known: Mapping[int, Outcomes]
+        self, race: Race, trials: list[FrozenTrial], values: Mapping[int, Values]
     ) -> tuple[np.ndarray, list[float]]:
         """Return the values of candidates, and their violations in all, by what is known by now."""
         rate = self._plan.objectives.rate
-        ratings = [rate(self.scores(known[trial.number])[0], self.base) for trial in trials]
-        values = np.array([rating.values for rating in ratings])
-        return values, [rating.total_violation for rating in ratings]
+        ratings = []
+        for trial in trials:
+            estimates = race.estimates(values[trial.number])
+            scores = {key: estimate.value for key, estimate in estimates.items()}
+            ratings.append(rate(scores, self.base))
+        return np.array([r.values for r in ratings]), [r.total_violation for r in ratings]
+
+    def _wanted(self, each: Round, known: Outcomes) -> dict[str, list[Document]]:
+        """Return by score what is new to a candidate of a round's documents."""
+        before = {key: {(o.leaf, o.document) for o in every} for key, every in known.items()}
+        return {
+            key: [document for document in documents if document not in before[key]]
+            for key, documents in each.documents.items()
+        }
 
     def _asked(
         self,
         trial: FrozenTrial,
-        each: Round,
+        wanted: Mapping[str, list[Document]],
         i: int,
-        known: Outcomes,
         pool: Pool,
         scored: Callable[[], None],
     ) -> Outcomes | None:
-        """Ask a candidate what is new to it of a round's documents; None where nothing is."""
-        wanted = {
-            key: [document for document in documents if document not in before]
-            for key, documents in each.documents.items()
-            for before in [{(outcome.leaf, outcome.document) for outcome in known[key]}]
-        }
-        if not any(wanted.values()):
-            return None
+        """Ask a candidate documents in round `i`; None where they cannot be scored."""
         job = self.begin(trial.number, self._plan.space.recipe(trial.params))
         job = replace(job, kind="final", documents=by_leaf(wanted))
         file = f"round-{i + 1}-{trial.number}"

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 from evolve.baselines import baseline_jobs
+from evolve.budget import ended_at
 from evolve.errors import SearchStoppedError
 from evolve.export import keep_current, write_best
 from evolve.kept import kept_outcomes
 from evolve.noise import Noise, measured
 from evolve.plan import Plan
-from evolve.study import Study, is_violating, load_outcomes
+from evolve.study import Study, is_violating
 from evolve.tasks import SPLITS, Outcomes, Split
 from evolve.verdict import SHORTLIST, Elsewhere, Verdict, conclude, constrained, winner_of
 from evolve.workers import Pool
@@ -58,7 +59,7 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
         text = f"{verdict.text}; not compared with {', '.join(unscored)}, which could not be scored"
         verdict = replace(verdict, text=text)
     write_best(study, plan, study.trials()[number], verdict)
-    study.keep_note("verdict", {**asdict(verdict), "finished": len(study.finished())})
+    study.keep_note("verdict", {**asdict(verdict), "finished": study.n_finished})
     keep_current(study, plan, verdict)
     return verdict
 
@@ -134,7 +135,7 @@ def frozen_shortlist(study: Study, plan: Plan) -> list[int]:
     intervals count everything the holdout was asked about.
     """
     kept = study.note("shortlist") or {"trials": [], "finished": 0}
-    finished = len(study.finished())
+    finished = study.n_finished
     if finished > kept["finished"]:
         trials = list(dict.fromkeys([*shortlist(study, plan), *kept["trials"]]))
         kept = {"trials": trials, "finished": finished}
@@ -170,7 +171,7 @@ def _members(
         SearchStoppedError: none of them can be scored.
     """
     if split != "holdout":
-        return {n: load_outcomes(study.search_outcomes_path(n)) for n in finalists[:1]}
+        return {n: {"search": study.search_outcomes(n)} for n in finalists[:1]}
     members = {
         n: outcomes
         for n in finalists
@@ -204,7 +205,12 @@ def kept_verdict(study: Study, plan: Plan) -> Verdict | None:
     best = study.best()
     if note is None or best is None or note["trial"] != best.number:
         return None
-    is_whole = note["finished"] >= plan.search_file.search.n_iterations or study.note("exhausted")
+    settings = plan.search_file.search
+    is_whole = (
+        note["finished"] >= settings.n_iterations
+        or study.note("exhausted")
+        or ended_at(study, settings) is not None
+    )
     if not is_whole:
         return None
     return Verdict.recalled(note)

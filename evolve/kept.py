@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evolve.errors import StorageError, TrialError
 from evolve.plan import Plan
-from evolve.study import Study, load_outcomes, save_outcomes
+from evolve.study import Study
 from evolve.tasks import SPLITS, Outcomes, Split
 from evolve.workers import Pool
 from evolve.workers.worker import Job
@@ -27,8 +27,7 @@ def kept_outcomes(
         file: names the outcomes, and "FILE failed" the note: [job's name, kind, text].
         scored: called where something was scored.
     """
-    path = study.outcomes_path(file)
-    if not path.exists():
+    if not study.outcomes.has(file):
         pool.submit(job)
         result = pool.wait()
         if result.failure:
@@ -42,13 +41,13 @@ def kept_outcomes(
 
         every = list(result.outcomes.values())
         try:
-            save_outcomes(path, max(every, key=objective) if len(every) > 1 else every[0])
+            study.outcomes.save(file, max(every, key=objective) if len(every) > 1 else every[0])
         except TrialError as error:
             study.keep_note(f"{file} failed", [job.name, error.kind, str(error)])
             return None
         scored()
-    outcomes = load_outcomes(path)
-    _check(path, plan, job, outcomes)
+    outcomes = study.outcomes.load(file)
+    _check(study.outcomes.path(file), plan, job, outcomes)
     return outcomes
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from evolve.errors import SearchStoppedError, TrialError, full_disk_told
+from evolve.budget import Budget, budget_faults, n_gpus
+from evolve.errors import SearchFileError, SearchStoppedError, TrialError, full_disk_told
 from evolve.export import keep_current
 from evolve.finals import are_needed, finals
 from evolve.heats import Heats
@@ -54,6 +56,7 @@ def run(
     *,
     folder: Path | None = None,
     storage: str | None = None,
+    artifacts: Path | None = None,
     workers: Workers | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -68,9 +71,11 @@ def run(
         search_file: what to search.
         folder: the storage path, by default NAME-search; made, or resumed where it holds this search.
         storage: URL of another storage than folder/study.db.
+        artifacts: a folder that all hosts of this search see, where outcomes are kept too.
         progress: called with "starting" (before there is a study), "started", "base" (scored, where a
             constraint refers to it), "answered" (nothing of the result is recorded yet), "told",
-            "exhausted" (nothing is left to propose), "final", "baseline" and "verdict".
+            "exhausted" (nothing is left to propose), "ended" (at a limit of the search), "final",
+            "baseline" and "verdict".
         under_way: told what is being done before there is a study: downloads, data sets.
         say: told of workers that are lost and candidates that are tried again.
 
@@ -82,8 +87,10 @@ def run(
     """
     began = time.monotonic()
     folder = folder or Path(f"{search_file.name}-search")
-    if Study.is_in(folder):
-        search_file = search_file.settled(Study.open(folder).search_file())
+    if artifacts is not None and not artifacts.is_dir():
+        raise SearchFileError(f"--artifacts is {artifacts}, which is no folder; make it or name another")
+    if (earlier := Study.earlier_file(folder, storage)) is not None:
+        search_file = search_file.settled(earlier)
     plan = make_plan(
         search_file,
         device=device,
@@ -91,54 +98,54 @@ def run(
         allow_unsafe_code=allow_unsafe_code,
         under_way=under_way,
     )
+    if faults := budget_faults(plan):
+        raise SearchFileError(faults)
 
-    def open_study() -> Study:
+    def open_study() -> AbstractContextManager[Study]:
         identity, n_values = plan.identity(), len(plan.objectives.names)
-        with full_disk_told(folder):
-            return Study.create_or_resume(folder, storage, plan.search_file, identity, n_values)
+        return Study.create_or_resume(folder, storage, plan.search_file, identity, n_values, artifacts)
 
-    is_apart = False
-    if Study.is_in(folder):
-        study = open_study()
-        check_points(folder, study.trials(), plan.space)
-        if (kept := kept_verdict(study, plan)) is not None:
+    with ExitStack() as opened:
+        opened.enter_context(full_disk_told(folder))
+        study = opened.enter_context(open_study()) if Study.is_in(folder) else None
+        if study:
+            check_points(folder, study.trials(), plan.space)
+        if study and (kept := kept_verdict(study, plan)) is not None:
             return _result(study, plan, kept, was_complete=True)
-        for number in suspects(study):
-            is_apart = True
+        apart = suspects(study) if study else []
+        for number in apart:
             say(f"candidate {number} was under way whenever the search ended; it gets a process apart")
-    # A new search writes nothing before its engine is up.
-    progress("starting", None, plan)
-    pool = start_pool(plan, workers or Workers(), say, is_apart)
-    try:
+        # A new search writes nothing before its engine is up.
+        progress("starting", None, plan)
+        workers = workers or Workers()
+        gpus, had_gpus = n_gpus(plan, workers), time.monotonic()
+        pool = start_pool(plan, workers, say, bool(apart))
+        opened.callback(pool.close)
         memory = pool.memory(plan.references(), plan.start.dtype)
-        study = open_study()
-        with study.locked(), full_disk_told(folder):
-            study.keep_note("documents", plan.documents())
-            study.keep_note("metrics", plan.metrics())
-            # What an earlier run was allowed stays said.
-            notices = dict.fromkeys([*(study.note("notices") or ()), *plan.notices()])
-            study.keep_note("notices", list(notices))
-            study.keep_note("n_layers", plan.n_layers)
-            study.keep_note("memory", asdict(memory))
-            before = study.note("seconds_total") or 0.0
+        study = study or opened.enter_context(open_study())
+        study.keep_note("documents", plan.documents())
+        study.keep_note("metrics", plan.metrics())
+        # What an earlier run was allowed stays said.
+        notices = dict.fromkeys([*(study.note("notices") or ()), *plan.notices()])
+        study.keep_note("notices", list(notices))
+        study.keep_note("n_layers", plan.n_layers)
+        study.keep_note("memory", asdict(memory))
+        budget = Budget(study, plan, gpus, began, had_gpus)
 
-            def show(event: str) -> None:
-                if event != "answered":  # now and then, so that any end leaves the seconds behind
-                    study.keep_note("seconds_total", before + time.monotonic() - began)
-                progress(event, study, plan)
+        def show(event: str) -> None:
+            if event != "answered":  # now and then, so that any end leaves behind what was spent
+                budget.keep()
+            progress(event, study, plan)
 
-            show("started")
-            base = base_scores(study, plan, pool, lambda: show("base"))
-            heats = Heats(study, plan, base)
-            search(study, plan, pool, heats, show)
-            if are_needed(plan):
-                finals(study, plan, pool, heats, lambda: show("final"))
-                keep_current(study, plan, has_new_scores=True)
-            verdict = judge(study, plan, pool, lambda: show("baseline"))
-            show("verdict")
-    finally:
-        # And nothing more into the storage: a pause may have come in the middle of a transaction.
-        pool.close()
+        show("started")
+        base = base_scores(study, plan, pool, lambda: show("base"))
+        heats = Heats(study, plan, base)
+        search(study, plan, pool, heats, budget, show)
+        if are_needed(plan):
+            finals(study, plan, pool, heats, budget, lambda: show("final"))
+            keep_current(study, plan, has_new_scores=True)
+        verdict = judge(study, plan, pool, lambda: show("baseline"))
+        show("verdict")
     return _result(study, plan, verdict, was_complete=False)
 
 
@@ -147,34 +154,40 @@ def search(
     plan: Plan,
     pool: Pool,
     heats: Heats,
+    budget: Budget,
     show: Callable[[str], None],
 ) -> None:
-    """Propose and evaluate candidates until `n_iterations` are finished, none is left, or time is up.
+    """Propose and evaluate candidates until `n_iterations` are finished, none is left, or a limit is met.
 
     Args:
         heats: what a candidate is asked, in one job or several.
+        budget: what may be spent; an interrupted candidate was begun within it.
     """
     settings = plan.search_file.search
     sampler = sampler_of(settings, plan.space, len(plan.objectives.names))
     proposer = Proposer(plan.space, sampler, plan.known, settings.seed)
     keep_current(study, plan)
-    deadline = time.monotonic() + (settings.timeout_s or float("inf"))
     interrupted = [t for t in study.trials()[: settings.n_iterations] if t.state == TrialState.RUNNING]
     pending = 0
     while True:
-        while pending < pool.size and time.monotonic() < deadline:
+        ending = None
+        while pending < pool.size:
+            number = len(trials := study.trials())
+            if not interrupted and number >= settings.n_iterations:
+                break
+            if (ending := budget.refusal()) is not None:
+                break
             if interrupted:
                 trial = interrupted.pop(0)
                 number, values = trial.number, trial.params
                 n_lost = min(int(trial.user_attrs["attempts"]), MAX_RETRIES) if pool.size == 1 else 0
                 study.begin_again(number)
-            elif (number := len(trials := study.trials())) >= settings.n_iterations:
-                break
             elif proposal := proposer.propose(number, trials):
                 values, n_lost = proposal.values, 0
                 study.begin(number, proposal, plan.space)
             else:
                 break
+            budget.begin(number)
             job = heats.begin(number, plan.space.recipe(values))
             pool.submit(replace(job, n_lost=n_lost))
             pending += 1
@@ -182,6 +195,9 @@ def search(
             if proposer.ending:
                 study.keep_note("exhausted", proposer.ending)
                 show("exhausted")
+            elif ending:
+                budget.close(ending)
+                show("ended")
             return
         result = pool.wait()
         show("answered")
@@ -191,6 +207,7 @@ def search(
             pool.submit(more)
             continue
         record(study, plan, heats, heats.whole(result))
+        budget.end(int(result.job.name))
         pending -= 1
         show("told")
         _stop_if_hopeless(study, settings.max_failed_share)
@@ -222,19 +239,18 @@ def record(study: Study, plan: Plan, heats: Heats, result: Result) -> None:
         study.fail(number, error.kind, str(error), result.seconds)
         return
     rating = plan.objectives.rate(scores, heats.base)
-    study.complete(number, rating, scores, outcomes, result.seconds, errors)
+    recorded = heats.recorded(number, outcomes)
+    study.complete(number, rating, scores, outcomes, result.seconds, errors, recorded)
     heats.tell(number, outcomes)
     keep_current(study, plan)
 
 
 def _stop_if_hopeless(study: Study, max_failed_share: float) -> None:
-    trials = study.trials()
-    n_failed = sum(trial.state == TrialState.FAIL for trial in trials)
-    n_finished = n_failed + sum(trial.state == TrialState.COMPLETE for trial in trials)
+    n_failed, n_finished = study.n_failed, study.n_finished
     if n_finished >= _FEW and n_failed > max_failed_share * n_finished:
         raise SearchStoppedError(
             f"{n_failed} of {n_finished} candidates failed, more than search.max_failed_share "
-            f"{max_failed_share}; {commonest_failure(trials)}"
+            f"{max_failed_share}; {commonest_failure(study.trials())}"
         )
 
 

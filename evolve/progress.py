@@ -6,7 +6,6 @@ import time
 from datetime import datetime
 from pathlib import Path
 from threading import Timer
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,9 +13,6 @@ from evolve.memory import Memory
 from evolve.plan import Plan
 from evolve.redaction import printable
 from evolve.study import Study
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
 
 # Without a terminal a line is printed at most so often, and none before so long: a bad file is
 # told by its errors alone.
@@ -54,7 +50,7 @@ class ProgressLine:
         self._notice.cancel()
         if event == "answered":
             return
-        done = study.finished() if study else []
+        n_done = study.n_finished if study else 0
         self._log = study.folder / "run.log" if study else None
         if event == "starting":
             if self._status:
@@ -68,7 +64,7 @@ class ProgressLine:
                 self._say(f"note: {note}")
         elif event == "started":
             self._began = time.monotonic()
-            self._n_before = len(done)
+            self._n_before = n_done
             if study:
                 self._say(str(Memory(**study.note("memory"))))
             if self._n_before:
@@ -78,9 +74,11 @@ class ProgressLine:
         elif event == "base":
             self._say("scored the base model, which constraints refer to")
         elif event == "told" and study:
-            self._told(study, done, plan)
+            self._told(study, plan)
         elif event == "exhausted" and study:
             self._say(study.note("exhausted"))
+        elif event == "ended" and study:
+            self._say(f"no further candidate is begun: {study.note('ended')['why']}")
         elif event == "final":
             self._show("scoring the best candidates by the tasks' own metrics", is_due=False)
         elif event == "baseline":
@@ -94,16 +92,15 @@ class ProgressLine:
         self._notice.cancel()
         self._say(text)
 
-    def _told(self, study: Study, done: list[FrozenTrial], plan: Plan) -> None:
-        n = plan.search_file.search.n_iterations
-        latest = max(done, key=lambda trial: int(trial.user_attrs.get("told", -1)))
-        last = latest.user_attrs.get("seconds", {})
-        each = (time.monotonic() - self._began) / max(1, len(done) - self._n_before)
+    def _told(self, study: Study, plan: Plan) -> None:
+        n, n_done = plan.search_file.search.n_iterations, study.n_finished
+        last = study.latest.user_attrs.get("seconds", {}) if study.latest else {}
+        each = (time.monotonic() - self._began) / max(1, n_done - self._n_before)
         self._show(
-            f"{len(done)}/{n} candidates, {_found(study, plan)}; last: "
+            f"{n_done}/{n} candidates, {_found(study, plan)}; last: "
             f"merge {last.get('merge', 0):.2f} s, load {last.get('load', 0):.2f} s, "
-            f"score {last.get('score', 0):.2f} s; {each * (n - len(done)):.0f} s left",
-            is_due=len(done) == n or time.monotonic() - self._last_line > LINE_EVERY_S,
+            f"score {last.get('score', 0):.2f} s; {each * (n - n_done):.0f} s left",
+            is_due=n_done == n or time.monotonic() - self._last_line > LINE_EVERY_S,
         )
 
     def _show(self, text: str, is_due: bool) -> None:

@@ -167,6 +167,25 @@ class Race:
         for key, score in self._scores.items():
             score.learn(values[key])
 
+    def recorded(self, number: int, values: Values) -> dict[str, list[list[float]]]:
+        """Spell a candidate's values for its record: by score [place in its block, value], in order."""
+        places = self._places(number)
+        return {
+            key: [[places[key].index(document), value] for document, value in its.items()]
+            for key, its in values.items()
+        }
+
+    def recalled(self, number: int, recorded: Mapping[str, Sequence[Sequence[float]]]) -> Values:
+        """Read what `recorded` spelled."""
+        places = self._places(number)
+        return {
+            key: {places[key][int(place)]: value for place, value in its} for key, its in recorded.items()
+        }
+
+    def _places(self, number: int) -> dict[str, list[Document]]:
+        first, second = self.blocks(number)
+        return {key: first[key] + second[key] for key in first}
+
     # ---- before the finals ----------------------------------------------------------------------
 
     def rounds(self) -> list[Round]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from optuna.trial import TrialState
 
 from evolve.baselines import baseline_jobs
-from evolve.errors import SearchStoppedError
+from evolve.budget import Budget, budget_faults, most_candidates
+from evolve.errors import SearchFileError, SearchStoppedError
 from evolve.finals import are_needed, n_finalists
 from evolve.forecast import Amounts, Pace, Scoring
 from evolve.heats import Heats
@@ -67,13 +68,17 @@ def rehearse(plan: Plan, pool: Pool, start_up_s: float, under_way: UnderWay = no
         start_up_s: what it took until they were.
 
     Raises:
+        SearchFileError: the search's limits allow no candidate.
         SearchStoppedError: no candidate could be evaluated.
     """
+    if faults := budget_faults(plan):
+        raise SearchFileError(faults)
     with tempfile.TemporaryDirectory(prefix="evolve-check-") as place:
         folder = Path(place) / f"{plan.search_file.name}-search"
         names = plan.objectives.names
-        study = Study.create_or_resume(folder, None, plan.search_file, plan.identity(), len(names))
-        return _Rehearsal(plan, pool, study, under_way).measured(start_up_s)
+        opened = Study.create_or_resume(folder, None, plan.search_file, plan.identity(), len(names))
+        with opened as study:
+            return _Rehearsal(plan, pool, study, under_way).measured(start_up_s)
 
 
 class _Rehearsal:
@@ -136,7 +141,8 @@ class _Rehearsal:
         n = min(n, self._plan.search_file.search.n_iterations)
         self._under_way(f"evaluating {n} candidates, to measure what the search will take")
         cut = self._plan.search_file.changed(search={"n_iterations": n})
-        search(self._study, replace(self._plan, search_file=cut), self._pool, heats, self._note)
+        plan = replace(self._plan, search_file=cut)
+        search(self._study, plan, self._pool, heats, Budget(self._study, plan), self._note)
 
     def _note(self, event: str) -> None:
         if event == "told":
@@ -164,7 +170,7 @@ class _Rehearsal:
         study, plan = self._study, self._plan
         if not are_needed(plan):
             scoring = Scoring.through([(documents, score_s)])
-            path = study.outcomes_path(f"trial-{trial.number}")
+            path = study.outcomes.path(f"trial-{trial.number}")
             outcomes = load_outcomes(path)["search"]
             return scoring, scoring, outcomes, path.stat().st_size / documents
         settings = plan.search_file.search
@@ -185,7 +191,7 @@ class _Rehearsal:
         else:
             followed = score_s
         outcomes = result.outcomes[plan.setup.prompting]["search"]
-        path = study.outcomes_path("whole")
+        path = study.outcomes.path("whole")
         save_outcomes(path, {"search": outcomes})
         return (
             Scoring.through([(documents, score_s), (n, followed)]),
@@ -226,7 +232,7 @@ def amounts(plan: Plan, n_workers: int) -> Amounts:
     jobs = baseline_jobs(plan.start, plan.setup.prompting, plan.references())
     n_shortlisted = 1 if settings.objective == "pareto" else min(SHORTLIST, settings.n_iterations)
     return Amounts(
-        n_candidates=settings.n_iterations,
+        n_candidates=most_candidates(plan),
         n_workers=n_workers,
         timeout_s=settings.timeout_s,
         rounds=_rounds(plan),

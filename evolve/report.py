@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
+from evolve.budget import ended_at
 from evolve.intervals import Interval
 from evolve.loop import StudyResult
 from evolve.study import Study
@@ -64,6 +65,8 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         "verdict_notes": _notes_json(study, verdict) if verdict and is_current else None,
         "hypervolume": asdict(volume) if (volume := study.hypervolume()) else None,
         "violations": None if best is None else study.violations(best),
+        "gpu_hours": study.note("gpu_hours") or 0.0,
+        "ended": ended_at(study, study.search_file().search),
     }
 
 

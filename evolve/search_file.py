@@ -175,7 +175,11 @@ class SearchSettings(_Section):
     seed_recipes: list[str] = Field(default_factory=list)
     """Recipe files that are tried first, beside what is known: each model alone, the average."""
     timeout_s: float | None = Field(default=None, gt=0)
-    """Stop proposing after so many seconds of this run; finished trials are kept."""
+    """No candidate is begun that would end after so many seconds, counted over all runs."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Documents that candidates may be asked in all, finals included."""
+    max_gpu_hours: float | None = Field(default=None, gt=0)
+    """No candidate is begun that would end after so many GPU hours, counted over all runs."""
     candidate_timeout_s: float | None = Field(default=None, gt=0)
     """How long a candidate may take, merge, load and score; longer ones are stopped, and tried again."""
     max_failed_share: float = Field(default=0.5, gt=0, le=1)

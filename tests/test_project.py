@@ -17,7 +17,7 @@ PACKAGES = ("merge_core", "evolve")
 ADDRESSES = {
     "optuna": (
         "evolve/samplers/",
-        "evolve/study.py",
+        "evolve/study/",
         "evolve/space/",
         "evolve/loop.py",
         "evolve/report.py",

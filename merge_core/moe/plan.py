@@ -197,10 +197,13 @@ class _Planner:
     # ---- what does not fit ----
 
     def _faults(self) -> Iterator[str]:
+        places = [f"experts[{i}]" for i in range(len(self.recipe.experts))]
+        places += [f"shared_experts[{i}]" for i in range(len(self.recipe.shared_experts))]
         named = [("base_model", self.reference)]
-        for key in ("experts", "shared_experts"):
-            experts: tuple[Expert, ...] = getattr(self.recipe, key)
-            named += [(f"{key}[{i}].source_model", e.source_model) for i, e in enumerate(experts)]
+        named += [
+            (f"{place}.source_model", e.source_model)
+            for place, e in zip(places, self.everyone, strict=True)
+        ]
         told: set[str] = set()
         for place, reference in named:
             if reference not in told:

@@ -45,8 +45,6 @@ class Router:
     def __init__(self, experts: Sequence[Expert], recipe: MoeRecipe, sources: Sources) -> None:
         self._experts, self._recipe, self._sources = experts, recipe, sources
         self._mode = recipe.gate_mode
-        # A model may be both; its rows are drawn apart.
-        self._stream = "router" if experts is recipe.experts else "shared_router"
         self._lock = Lock()
 
     def prepare(self) -> None:
@@ -79,9 +77,7 @@ class Router:
         names = [expert.source_model for expert in self._experts]
         rows = []
         for i, name in enumerate(names):
-            key = MaskKey(
-                self._recipe.random_seed, name, names[:i].count(name), f"{self._stream}.{layer}"
-            )
+            key = MaskKey(self._recipe.random_seed, name, names[:i].count(name), f"router.{layer}")
             if self._mode == "random":
                 rows.append(normals(key, 0, width).float())
             else:

@@ -36,7 +36,7 @@ def main() -> None:
     result = pool.wait()
     assert result.failure is None, result.failure
     theirs = result.outcomes[prompting]["holdout"]
-    ours = load_outcomes(study.outcomes_path(f"holdout-{best.number}"))["holdout"]
+    ours = load_outcomes(study.outcomes.path(f"holdout-{best.number}"))["holdout"]
     for task in plan.tasks.tasks:
         a, b = (score_interval(task, outcomes[task.key], plan.tasks.seed) for outcomes in (ours, theirs))
         print(

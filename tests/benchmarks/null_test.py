@@ -20,15 +20,13 @@ have claimed, over one baseline (the starts, say) and over the best of them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import optuna
-from optuna.storages import InMemoryStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr, ndtri
 
@@ -37,6 +35,7 @@ from evolve.judge import frozen_shortlist
 from evolve.plan import Plan, make_plan
 from evolve.search_file import SearchFile
 from evolve.study import Study
+from evolve.study.storage import Storage
 from evolve.tasks import Outcome, Outcomes, Split
 from evolve.verdict import conclude
 
@@ -86,8 +85,7 @@ def searches(plan: Plan, n: int, correlation: float, spread: float = 0.0) -> Ite
 
 def recorded(plan: Plan, simulated: Simulated) -> Study:
     """Make the record of a search whose trials scored so."""
-    storage = InMemoryStorage()
-    study_id = storage.create_new_study([StudyDirection.MAXIMIZE], "null")
+    trials = []
     rng = np.random.default_rng(0)
     now = datetime.now()
     for number in range(N_CANDIDATES):
@@ -106,8 +104,24 @@ def recorded(plan: Plan, simulated: Simulated) -> Study:
             intermediate_values={},
             trial_id=-1,
         )
-        storage.create_new_trial(study_id, trial)
-    return Study(Path("/nowhere"), "null", storage, study_id)
+        trials.append(trial)
+    return Study(Path("/nowhere"), "null", _InMemory(trials))
+
+
+class _InMemory(Storage):
+    """A storage of trials that nobody reads again."""
+
+    def __init__(self, trials: list[FrozenTrial]) -> None:
+        self._trials = trials
+
+    def trials(self) -> list[FrozenTrial]:
+        return self._trials
+
+    def notes(self) -> dict[str, str]:
+        return {}
+
+    def keep_notes(self, notes: Mapping[str, str]) -> None:
+        pass
 
 
 def baselines(simulated: Simulated) -> dict[str, dict[Split, Outcomes]]:

@@ -1,6 +1,18 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from .postgres import PostgreSQL, programs, server
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A PostgreSQL server with an empty database."""
+    if programs() is None:
+        pytest.skip("needs PostgreSQL's server programs, and there are none on this machine")
+    with server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -338,7 +338,7 @@ def test_the_sampler_follows_the_likelihood(finished: StudyResult) -> None:
         scores = trial.user_attrs["scores"]
         assert list(scores) == [f"{name}:likelihood" for name in NAMES]
         assert trial.value == pytest.approx(sum(scores.values()))
-        outcomes = load_outcomes(finished.study.outcomes_path(f"trial-{trial.number}"))["search"]
+        outcomes = load_outcomes(finished.study.outcomes.path(f"trial-{trial.number}"))["search"]
         assert list(outcomes) == list(scores)
 
 
@@ -359,7 +359,7 @@ def test_the_winner_is_the_best_finalist_by_metric(finished: StudyResult) -> Non
     others = [trial.number for trial in by_signal if trial.number not in study.finalists()]
     assert [trial.number for trial in study.ranked()] == [*study.finalists(), *others]
     for finalist in finalists:
-        outcomes = load_outcomes(study.outcomes_path(f"final-{finalist.number}"))["search"]
+        outcomes = load_outcomes(study.outcomes.path(f"final-{finalist.number}"))["search"]
         assert {k: sum(o.value for o in v) / 10 for k, v in outcomes.items()} == finalist.scores
 
 

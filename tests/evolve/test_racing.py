@@ -19,7 +19,7 @@ from evolve.plan import make_plan
 from evolve.racing import FINALISTS, GENERATION, Race, Values
 from evolve.report import result_json
 from evolve.search_file import SearchFile
-from evolve.study import Study, load_outcomes
+from evolve.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 24
@@ -177,7 +177,7 @@ def test_a_raced_search_asks_few_documents_and_scores_its_finalists_on_all(
     assert max(asked) == 18
     best = study.best()
     assert best is not None
-    outcomes = load_outcomes(study.search_outcomes_path(best.number))["search"]
+    outcomes = study.search_outcomes(best.number)
     assert {key: len(values) for key, values in outcomes.items()} == dict.fromkeys(study.scores(best), 60)
     assert len(study.finalists()) == 3
     objectives = [finalist.rating.objective for finalist in study.finalists().values()]

@@ -21,6 +21,7 @@ from evolve.loop import StudyResult, run
 from evolve.report import result_json
 from evolve.search_file import SearchFile
 from evolve.study import Study, load_outcomes
+from evolve.study.alone import alone_in
 from evolve.workers.start import Workers
 from merge_core.merge import merged_tensors, save_merged
 from merge_core.recipe import Recipe
@@ -62,7 +63,7 @@ def test_a_search_records_every_candidate_and_its_outcomes(finished: StudyResult
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 8
     assert trials[0].params == {f"models[{i}].weight": 0.5 for i in range(3)}  # the starts come first
     for trial in trials:
-        outcomes = load_outcomes(finished.study.outcomes_path(f"trial-{trial.number}"))["search"]
+        outcomes = load_outcomes(finished.study.outcomes.path(f"trial-{trial.number}"))["search"]
         assert {task: len(values) for task, values in outcomes.items()} == {
             "qs_reverse": 10,
             "qs_sort": 10,
@@ -75,7 +76,7 @@ def test_a_search_records_every_candidate_and_its_outcomes(finished: StudyResult
 def test_the_result_is_the_json_contract(finished: StudyResult) -> None:
     data = json.loads(json.dumps(result_json(finished)))
     keys = "study n_trials states best pareto baselines gain verdict seconds documents_scored noise "
-    keys += "verdict_notes hypervolume violations"
+    keys += "verdict_notes hypervolume violations gpu_hours ended"
     assert list(data) == keys.split()
     assert data["pareto"] == [{key: data["best"][key] for key in ("number", "scores")}]
     assert data["hypervolume"] is data["violations"] is None
@@ -305,8 +306,11 @@ def test_too_many_failures_stop_the_search_and_name_the_cause(tmp_path: Path) ->
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_works(
     finished: StudyResult,
 ) -> None:
-    with finished.study.locked(), pytest.raises(ResumeRefusedError, match="at work"):
-        run(small(9), folder=finished.study.folder)
+    folder = finished.study.folder
+    before = (folder / "search.yml").read_text()
+    with alone_in(folder), pytest.raises(ResumeRefusedError, match="at work"):
+        run(small(9), folder=folder)
+    assert (folder / "search.yml").read_text() == before
 
 
 def test_without_a_holdout_the_verdict_says_so(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_the_shortlist_is_the_best_of_the_search_and_all_of_it_is_scored(finishe
     assert numbers == [trial.number for trial in by_search] == study.note("shortlist")["trials"]
     plan = make_plan(small(8, report_only=["qs_reverse"]))
     for member in verdict.shortlist:
-        outcomes = load_outcomes(study.outcomes_path(f"holdout-{member.trial}"))["holdout"]
+        outcomes = load_outcomes(study.outcomes.path(f"holdout-{member.trial}"))["holdout"]
         objective = plan.tasks.objective(plan.tasks.scores(outcomes))
         assert objective == pytest.approx(member.holdout_objective)
     best = max(verdict.shortlist, key=lambda member: member.holdout_objective)
@@ -148,10 +148,10 @@ def test_reported_tasks_are_scored_for_winner_and_baselines_only(
         assert list(scored["report_only"]) == ["qs_reverse"]
     study = finished.study
     assert finished.best is not None
-    kept = load_outcomes(study.outcomes_path(f"report-{finished.best.number}"))["report"]
+    kept = load_outcomes(study.outcomes.path(f"report-{finished.best.number}"))["report"]
     assert len(kept["qs_reverse"]) == 10  # the limit; nothing is held out
-    assert "report" in load_outcomes(study.outcomes_path("baseline-0"))
-    assert "report" not in load_outcomes(study.outcomes_path("trial-0"))
+    assert "report" in load_outcomes(study.outcomes.path("baseline-0"))
+    assert "report" not in load_outcomes(study.outcomes.path("trial-0"))
     assert data["documents_scored"] == 8 * 20
     specialist = next(b for b in data["baselines"] if b["name"].endswith("reverse"))
     assert specialist["report_only"]["qs_reverse"]["value"] == 1.0

@@ -15,9 +15,9 @@ TESTBED = Path(os.environ.get("EVOLVE_TESTBED", "/tmp/testbed"))
 needs_testbed = pytest.mark.skipif(not (TESTBED / "base").is_dir(), reason="the testbed is not built")
 
 
-def search_file(folder: Path, name: str = "testbed.yml", **scoring: Any) -> Path:
-    """A committed search over the testbed, for the testbed's own place."""
-    text = (ROOT / "configs" / name).read_text().replace("/tmp/testbed", str(TESTBED))
+def search_file(folder: Path, **scoring: Any) -> Path:
+    """The committed testbed search, for the testbed's own place."""
+    text = (ROOT / "configs/testbed.yml").read_text().replace("/tmp/testbed", str(TESTBED))
     data = yaml.safe_load(text)
     data["scoring"] |= scoring
     path = folder / "search.yml"
@@ -57,32 +57,28 @@ def test_the_testbed_search_ships_what_it_scored(tmp_path: Path) -> None:
 def test_vllm_scores_candidates_as_hf_does(tmp_path: Path) -> None:
     """The same candidates, in place: bf16 kernels differ, so a few answers may."""
     path = search_file(tmp_path, limit=40, holdout=0)
-    pairs = pairs_of_outcomes(path, tmp_path, 3)
+    by_backend = {}
+    for backend in ("hf", "vllm"):
+        folder = tmp_path / backend
+        run(
+            path,
+            "--n-iterations",
+            "3",
+            "--sampler",
+            "random",
+            "--backend",
+            backend,
+            "--storage-path",
+            str(folder),
+        )
+        by_backend[backend] = [outcomes(folder, n) for n in range(3)]
+    pairs = [
+        (a, b)
+        for one, other in zip(by_backend["hf"], by_backend["vllm"], strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
     assert sum(a for a, _ in pairs) > 10  # the models can do something
     assert sum(a == b for a, b in pairs) >= 0.95 * len(pairs)
-
-
-@pytest.mark.vllm
-@needs_testbed
-def test_a_mixture_of_specialists_is_scored_alike_by_both_engines(tmp_path: Path) -> None:
-    """Where two experts are wanted about the same, rounding decides which one a token reaches."""
-    path = search_file(tmp_path, "moe.yml", limit=20, holdout=0)
-    pairs = pairs_of_outcomes(path, tmp_path, 2)
-    assert sum(a for a, _ in pairs) > 10
-    assert sum(a == b for a, b in pairs) >= 0.9 * len(pairs)
-
-
-def pairs_of_outcomes(path: Path, folder: Path, n: int) -> list[tuple[float, float]]:
-    """Score the same candidates with both engines."""
-    by_backend = []
-    for backend in ("hf", "vllm"):
-        storage = folder / backend
-        options = ("--n-iterations", str(n), "--sampler", "random", "--backend", backend)
-        run(path, *options, "--storage-path", str(storage))
-        by_backend.append([outcomes(storage, number) for number in range(n)])
-    return [
-        (a, b) for one, other in zip(*by_backend, strict=True) for a, b in zip(one, other, strict=True)
-    ]
 
 
 def outcomes(folder: Path, trial: int) -> list[float]:

@@ -1,0 +1,105 @@
+"""Budgets are hard: nothing is begun that would exceed one, over all runs, and the verdict is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolve.budget import most_candidates
+from evolve.errors import SearchFileError
+from evolve.loop import StudyResult, run
+from evolve.plan import make_plan
+from evolve.report import result_json
+from evolve.search_file import SearchFile
+from evolve.workers.start import Workers
+
+ROOT = Path(__file__).resolve().parents[2]
+# Three tasks of ten documents.
+A_CANDIDATE = 30
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def limited(n: int = 30, limit: int = 10, **search: Any) -> SearchFile:
+    file = SearchFile.load(ROOT / "configs/quickstart.yml")
+    return file.changed(
+        search={"n_iterations": n, "racing": "none", **search}, scoring={"limit": limit, "holdout": 10}
+    )
+
+
+def params(result: StudyResult) -> list[dict[str, Any]]:
+    return [trial.params for trial in result.study.trials()]
+
+
+def test_documents_are_a_hard_limit_that_can_be_raised(tmp_path: Path) -> None:
+    file = limited(max_documents=3 * A_CANDIDATE + 10)
+    assert most_candidates(make_plan(file)) == 3
+    result = run(file, folder=tmp_path / "s")
+    data = result_json(result)
+    assert (data["n_trials"], data["documents_scored"]) == (3, 3 * A_CANDIDATE)
+    assert data["best"]["holdout"]
+    assert data["ended"] == "search.max_documents 100: 90 are spent, a candidate is asked 30"
+    again = run(file, folder=tmp_path / "s")
+    assert again.was_complete
+    assert again.verdict == result.verdict
+    longer = run(limited(max_documents=5 * A_CANDIDATE), folder=tmp_path / "s")
+    assert len(params(longer)) == 5
+    assert params(longer)[:3] == params(result)
+    whole = run(limited(5), folder=tmp_path / "whole")
+    assert params(whole) == params(longer)
+    assert result_json(whole)["ended"] is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"racing": "always"}, id="raced"),
+        pytest.param({"signal": "both"}, id="signal", marks=pytest.mark.slow),
+    ],
+)
+def test_what_finals_need_is_held_back_for_them(change: dict[str, Any], tmp_path: Path) -> None:
+    file = limited(20, limit=20, **change)
+    result = run(file.changed(search={"max_documents": 420}), folder=tmp_path / "s")
+    data = result_json(result)
+    assert data["documents_scored"] <= 420
+    assert len(result.study.finalists()) >= 3
+    assert data["best"]["holdout"]
+    assert 1 < data["n_trials"] < 20 or data["documents_scored"] > 420 - 3 * 20
+
+
+@pytest.mark.parametrize(("search", "least"), [({}, 30), ({"racing": "always"}, 108)])
+def test_a_limit_under_which_nothing_can_begin_is_refused(
+    search: dict[str, Any], least: int, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SearchFileError, match=f"search.max_documents is {least - 1}.*allow {least} or more"
+    ):
+        run(limited(max_documents=least - 1, **search), folder=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_time_counts_over_all_runs(tmp_path: Path) -> None:
+    first = run(limited(2), folder=tmp_path / "s")
+    spent = first.study.note("seconds_total")
+    ended = run(limited(timeout_s=spent), folder=tmp_path / "s")
+    assert params(ended) == params(first)
+    assert result_json(ended)["ended"].startswith("search.timeout_s")
+    assert ended.verdict == first.verdict
+    more = run(limited(timeout_s=spent + 6), folder=tmp_path / "s")
+    assert len(params(more)) > 2
+
+
+def test_gpu_hours_are_those_that_gpus_are_held(tmp_path: Path) -> None:
+    # A worker may hold GPUs that this machine does not have.
+    file = limited(300, max_gpu_hours=2 / 3600)
+    result = run(file, folder=tmp_path / "s", workers=Workers(gpus_each=1))
+    data = result_json(result)
+    assert 0 < data["n_trials"] < 300
+    assert data["ended"].startswith("search.max_gpu_hours")
+    assert data["gpu_hours"] > 0
+    assert result_json(run(limited(3), folder=tmp_path / "without"))["gpu_hours"] == 0

@@ -1,0 +1,144 @@
+"""`evolve report`: one file that says it all, runs nothing of what users and models wrote."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plotly.offline import get_plotlyjs
+
+from evolve.html_report import html_report
+from evolve.objectives import Rating
+from evolve.report import study_json
+from evolve.samplers import Proposal
+from evolve.search_file import SearchFile
+from evolve.study import Study
+from evolve.tasks import Outcome
+from evolve.workers.worker import Seconds
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)></script>"
+
+
+class Parsed(HTMLParser):
+    """The tags and the text of a page; scripts apart."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        page = page.replace(get_plotlyjs(), "")
+        self.tags: list[tuple[str, list[tuple[str, str | None]]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._is_script = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, attrs))
+        self._is_script = tag == "script"
+        if self._is_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self._is_script:
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+def search_file(task: str, n_values: int) -> SearchFile:
+    data: dict[str, Any] = {
+        "merge_method": {"choices": ["ties", "dare_ties"]},
+        "base_model": "base",
+        "models": [
+            {"model": m, "parameters": {"weight": {"low": 0, "high": 1}, "density": 0.5}} for m in "ab"
+        ],
+        "tasks": [task, "other"],
+        "search": {"sampler": "random", "objective": "pareto" if n_values > 1 else "weighted_sum"},
+    }
+    return SearchFile(data, "reported")
+
+
+def reported(folder: Path, task: str, failure: str, n: int = 12, n_values: int = 1) -> tuple[Study, str]:
+    """A study of n candidates, every fifth failed, and its report."""
+    file = search_file(task, n_values)
+    space = file.space(lambda model: 2)
+    with Study.create_or_resume(folder, None, file, {}, n_values) as study:
+        for number in range(n):
+            values = {v.name: v.from_unit(((number + 1) * 0.618034) % 1) for v in space.variables}
+            study.begin(number, Proposal(values), space)
+            if number % 5 == 4:
+                study.fail(number, "engine", failure, Seconds(1.0, 0.0, 0.0))
+                continue
+            scores = {task: (number * 7 % 10) / 10, "other": (number * 3 % 10) / 10}
+            rating = Rating(list(scores.values())[:n_values], sum(scores.values()), {})
+            outcomes = {task: [Outcome("leaf", 0, scores[task])]}
+            study.complete(number, rating, scores, outcomes, Seconds(0.1, 0.2, 0.3), {})
+        study.keep_note("documents", {task: "10 search"})
+        best = study.best()
+        assert best is not None
+        data = study_json(study, space.recipe(best.params), None)
+        return study, html_report(study, space, data)
+
+
+@pytest.mark.parametrize("n_values", [1, 2])
+def test_a_report_says_what_there_is(tmp_path: Path, n_values: int) -> None:
+    study, page = reported(tmp_path / "s", "a_task", "it broke", n_values=n_values)
+    parsed = Parsed(page)
+    best = study.best()
+    assert best is not None
+    for said in (
+        "12 candidates: 10 complete, 2 failed",
+        f"best (trial {best.number})",
+        "Objective over time",
+        "Variables",
+        "By kind: engine 2",
+        "it broke",
+        "merge_method: ",
+        "no verdict yet",
+    ):
+        assert said in parsed.text
+    assert ("Pareto front" in parsed.text) is (n_values > 1)
+    ids = [value for _, attrs in parsed.tags for key, value in attrs if key == "id"]
+    assert set(ids) == {"over-time", "variables", *(["front", "hypervolume"] if n_values > 1 else [])}
+
+
+def test_a_report_needs_no_other_file(tmp_path: Path) -> None:
+    _, page = reported(tmp_path / "s", "a_task", "it broke")
+    for tag, attrs in Parsed(page).tags:
+        assert tag not in ("link", "iframe", "img")
+        assert not {"src", "href"} & {key for key, _ in attrs}
+
+
+def test_what_users_and_models_wrote_is_inert(tmp_path: Path) -> None:
+    """The page has the tags and handlers of a harmless one, and the text is there to be read."""
+    _, hostile = reported(tmp_path / "h", HOSTILE, HOSTILE, n_values=2)
+    _, harmless = reported(tmp_path / "s", "a_task", "it broke", n_values=2)
+    ours, theirs = Parsed(harmless), Parsed(hostile)
+    assert [tag for tag, _ in theirs.tags] == [tag for tag, _ in ours.tags]
+    assert {key for _, attrs in theirs.tags for key, _ in attrs} == {
+        key for _, attrs in ours.tags for key, _ in attrs
+    }
+    assert HOSTILE in theirs.text
+    for script in theirs.scripts[1:]:  # the first is Plotly's own
+        assert "<script" not in script
+        assert "<img" not in script
+
+
+def test_the_command_writes_the_file_whole(tmp_path: Path) -> None:
+    reported(tmp_path / "s", "a_task", "it broke")
+    command = [sys.executable, "-m", "evolve.cli", "report", str(tmp_path / "s")]
+    subprocess.run(command, check=True, capture_output=True)
+    page = (tmp_path / "s/report.html").read_text()
+    assert page.endswith("</body></html>\n")
+    out = subprocess.run(
+        [*command, "-o", str(tmp_path / "none/r.html")], check=False, capture_output=True
+    )
+    assert out.returncode == 2
+    assert b"-o is" in out.stderr
+    assert [path.name for path in (tmp_path / "s").glob("report.html*")] == ["report.html"]
