@@ -171,7 +171,7 @@ def _members(
         SearchStoppedError: none of them can be scored.
     """
     if split != "holdout":
-        return {n: {"search": study.search_outcomes(n)} for n in finalists[:1]}
+        return {n: {"search": study.search_outcomes(n), "holdout": {}} for n in finalists[:1]}
     members = {
         n: outcomes
         for n in finalists
