@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evolve.workers.worker import Job, Prompting
-from merge_core.checkpoint.locate import locate
+from merge_core.checkpoint.locate import tokenizer_folder
 from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import model_alone, origin
@@ -59,7 +59,7 @@ def _tokenizer_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def _has_chat_template(reference: str) -> bool:
-    folder = locate(reference)
+    folder = tokenizer_folder(reference)
     config = folder / "tokenizer_config.json"
     return (
         (folder / "chat_template.jinja").is_file()
@@ -74,7 +74,7 @@ def same_prompts(one: Prompting, other: Prompting) -> bool:
         return False
     if one.tokenizer is None or other.tokenizer is None:
         return one.tokenizer == other.tokenizer
-    a, b = locate(one.tokenizer), locate(other.tokenizer)
+    a, b = tokenizer_folder(one.tokenizer), tokenizer_folder(other.tokenizer)
     return all(
         ((a / file).read_bytes() if (a / file).is_file() else b"")
         == ((b / file).read_bytes() if (b / file).is_file() else b"")

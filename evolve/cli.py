@@ -1,4 +1,4 @@
-"""The commands: evolve run | status | report | export | merge | methods | eval.
+"""The commands: evolve run | status | report | export | merge | extract-lora | methods | eval.
 
 Only the command line lives here; what a command does is imported when it runs, so that
 `evolve --help` answers at once.
@@ -27,6 +27,7 @@ from evolve.errors import (
     TrialError,
     WorkersLostError,
 )
+from evolve.extraction import extract_lora
 from evolve.mergekit_flags import CONSENT, MergekitFlags, with_mergekit_flags
 from evolve.merging import merge
 from evolve.method_table import methods
@@ -386,6 +387,7 @@ def _open(folder: Path) -> tuple[Study, Callable[[Any], Any], Verdict | None]:
 
 
 app.command()(merge)
+app.command("extract-lora")(extract_lora)
 app.command()(methods)
 
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from evolve.errors import SearchFileError
+from merge_core.checkpoint.adapter import Adapter
 from merge_core.checkpoint.safetensors_file import ITEM_BYTES
 from merge_core.machine import in_units, memory_left, private_bytes
 from merge_core.plan import Sources, plan_merge
 from merge_core.recipe import Recipe
-
-if TYPE_CHECKING:
-    from evolve.engines import Engine
 
 _GB = 1e9
 
@@ -57,7 +55,11 @@ def _gb(gb: float) -> str:
     return in_units(gb * _GB)
 
 
-def measure(engine: Engine, sources: Sources, references: Iterable[str], dtype: str | None) -> Memory:
+class _Holds(Protocol):
+    def memory_gb(self) -> dict[str, float]: ...
+
+
+def measure(engine: _Holds, sources: Sources, references: Iterable[str], dtype: str | None) -> Memory:
     """Measure a worker that is ready for its first candidate.
 
     Args:
@@ -67,10 +69,15 @@ def measure(engine: Engine, sources: Sources, references: Iterable[str], dtype: 
         dtype: the recipe's, which sources are cast to; None = as they are.
     """
     mapped = kept = 0
-    for reference in dict.fromkeys(references):
-        for info in sources.architecture(reference).checkpoint.tensors.values():
+    # Models with adapters share their base; factors are small and not kept.
+    opened = [sources.architecture(reference).checkpoint for reference in dict.fromkeys(references)]
+    stores = {store.reference: store for checkpoint in opened for store in checkpoint.stores()}
+    for store in stores.values():
+        for info in store.tensors.values():
             entries = math.prod(info.shape)
             mapped += entries * ITEM_BYTES[info.dtype]
+            if isinstance(store, Adapter):
+                continue
             if dtype and info.dtype != dtype and info.dtype in ("float16", "bfloat16", "float32"):
                 kept += entries * ITEM_BYTES[dtype]
     left = memory_left()

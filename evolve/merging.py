@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # mergekit's flags that change nothing here, and why.
 _NOTHING_TO_DO = {
     "--trust-remote-code": "a merge reads names, shapes and numbers, and runs no code of a model",
-    "--lora-merge-cache": "no merged adapter is kept on disk",
-    "--lora-merge-dtype": "no adapter is merged before the merge itself",
+    "--lora-merge-cache": "adapters are merged tensor by tensor, and no merged model is written",
+    "--lora-merge-dtype": "adapters are merged in float32 and rounded once, to the recipe's dtype",
     "--low-cpu-memory": "each tensor goes to the disk as soon as it is merged",
     "--read-to-gpu": "weights are mapped from their files and go to the device tensor by tensor",
     "--multi-gpu": "the arithmetic runs on one device; name it with --device",
@@ -174,7 +174,7 @@ def merge(
     for warning in (*parsed.check()[1], *plan.warnings):
         say(f"warning: {warning}")
     checkpoint = sources.architecture(origin(parsed)).checkpoint
-    folder, copy_tokenizer = checkpoint.folder, copy_tokenizer and not checkpoint.is_state_dict
+    folder, copy_tokenizer = checkpoint.tokenizer_folder, copy_tokenizer and not checkpoint.is_state_dict
     if copy_tokenizer and not has_tokenizer(folder):
         say(f"warning: {folder} has no tokenizer files; the merged model will have none")
     if verbose:

@@ -292,8 +292,8 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
             faults += error.faults
     if faults:
         return list(dict.fromkeys(faults))
-    folder = sources.architecture(origin(start)).checkpoint.folder
-    if not has_tokenizer(files_folder(start, sources)):
+    folder = files_folder(start, sources)
+    if not has_tokenizer(folder):
         faults.append(
             f"model {origin(start)!r} has no tokenizer files in {folder}; scoring needs them, add them"
         )

@@ -31,7 +31,7 @@ from merge_core.errors import CheckpointError
 from merge_core.methods import METHODS, Parameter
 from merge_core.methods.job import Source, TensorJob
 from merge_core.parameters import look_up
-from merge_core.plan import Input, Planned, Sources, files_folder, merged_config, plan_merge
+from merge_core.plan import Input, Planned, Sources, files_folder, merged_config, origin, plan_merge
 from merge_core.randomness import MaskKey
 from merge_core.recipe import Recipe
 from merge_core.tokenizer.tables import Table, rebuilt
@@ -288,7 +288,8 @@ def save_merged(
             card = model_card(recipe, sources, plan, Path(folder).resolve().name, text, evaluation)
             (part / "README.md").write_text(card, encoding="utf-8")
         if with_tokenizer and config:
-            copy_tokenizer(files_folder(recipe, sources), part)
+            own = sources.architecture(origin(recipe)).checkpoint.folder
+            copy_tokenizer(files_folder(recipe, sources), part, own)
 
 
 def _told(

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from merge_core.checkpoint.read import Checkpoint
+from merge_core.checkpoint.read import Checkpoint, Update
 from merge_core.machine import n_processes
 from merge_core.shared import SharedTensors
 
@@ -61,8 +61,9 @@ def plan_residence(sizes: Mapping[Name, int], device_budget: int, host_budget: i
 class Residence:
     """Source tensors, cast and on their device, kept between candidates within budgets.
 
-    Without `keep` nothing is kept, which is right for a single merge. Several threads may fetch and
-    prefetch at the same time.
+    Without `keep` nothing is kept, which is right for a single merge. Of a model with an adapter only
+    what is stored is kept, the base's tensor in its own dtype; the sum of both is made at each fetch.
+    Several threads may fetch and prefetch at the same time.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Residence:
         """Decide on many tensors together, the largest first; others are decided as they come."""
         if self._keeps:
             with self._lock:
-                self._decide([(*source, device) for source in wanted], device)
+                self._decide([_stored(*source, device)[0] for source in wanted], device)
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """Drop what is kept of a checkpoint that is not wanted again, and give its memory back."""
@@ -128,7 +129,12 @@ class Residence:
         Raises:
             CheckpointError: it cannot be read.
         """
-        key = (checkpoint, name, dtype, device)
+        key, update = _stored(checkpoint, name, dtype, device)
+        tensor = self._fetched(key)
+        return tensor if update is None else update(tensor, dtype)
+
+    def _fetched(self, key: _Key) -> Tensor:
+        checkpoint, name, dtype, device = key
         place = self._place(key)
         if place == "mapped":
             return _on_device(checkpoint.read(name), dtype, device)
@@ -168,10 +174,10 @@ class Residence:
         self, checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Start to bring what the next fetch will want, from disk or over the bus; return at once."""
-        key = (checkpoint, name, dtype, device)
+        key, _ = _stored(checkpoint, name, dtype, device)
         kept = self._kept.get(key)
         if kept is None:
-            checkpoint.prefetch(name)
+            key[0].prefetch(key[1])
         elif device.type == "cuda" and self._places[key] == "pinned":
             with self._lock:
                 if key not in self._arriving:
@@ -226,6 +232,16 @@ class Residence:
             return self._device_budget
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
         return int(free) // 2
+
+
+def _stored(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device
+) -> tuple[_Key, Update | None]:
+    """Say what a source tensor is fetched as: where it is stored, and what remains to be done to it."""
+    store, own_name, update = checkpoint.origin(name)
+    if update is not None:
+        dtype = getattr(torch, store.tensors[own_name].dtype)
+    return (store, own_name, dtype, device), update
 
 
 def _on_device(view: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

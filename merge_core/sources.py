@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merge_core.architecture import Architecture
+from merge_core.checkpoint.adapter import Adapter
 from merge_core.checkpoint.apart import ApartCheckpoint
+from merge_core.checkpoint.locate import split_adapter
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError, RecipeError
 from merge_core.experts import Spelling
@@ -89,7 +91,9 @@ class Sources:
         if reference in self._recipes:
             return self._result(reference)
         if reference not in self._architectures:
-            self._architectures[reference] = Architecture(Checkpoint(reference))
+            model, adapter = split_adapter(reference)
+            checkpoint = Checkpoint(reference) if adapter is None else self._adapted(model, adapter)
+            self._architectures[reference] = Architecture(checkpoint)
         if reference in self._apart:
             return self._with_single_experts(reference, self._apart[reference])
         return self._architectures[reference]
@@ -101,6 +105,17 @@ class Sources:
             whole = self._architectures[reference].checkpoint
             self._taken_apart[key] = Architecture(ApartCheckpoint(whole, spelling))
         return self._taken_apart[key]
+
+    def _adapted(self, model: str, adapter: str) -> Checkpoint:
+        """Open a model with an adapter; several adapters of one model share its files."""
+        from merge_core.adapted import AdaptedCheckpoint
+
+        if model in self._recipes:
+            raise CheckpointError(
+                f"model {model + '+' + adapter!r} puts an adapter on the result of another recipe; give "
+                f"that recipe's own models the adapter"
+            )
+        return AdaptedCheckpoint(f"{model}+{adapter}", self.architecture(model), Adapter(adapter))
 
     def _result(self, name: str) -> Architecture:
         """Return an intermediate result; of each name the last one is kept."""

@@ -89,62 +89,87 @@ class Rank:
     through: int
 
 
-class Ranks:
+Magnitudes = Callable[[], Iterable[Tensor]]
+
+
+class RankTable:
     """The order of a tensor's magnitudes, exact for any rank, without sorting the tensor.
 
     Marks, magnitudes found in a sample, cut the range into bins whose entries are counted in one
     pass, chunk by chunk. Differences of bfloat16 numbers take few magnitudes, and the marks are
     nearly all of them: a rank is then looked up. Else the few entries between two marks are
-    collected and sorted, at the first need.
+    collected and sorted, at the first need. The tensor itself is not held: it may have been made for
+    one merge only.
 
     Args:
         magnitudes: goes over the tensor, chunk by chunk; each float32, shape (m,), no NaN.
         n: how many entries there are.
     """
 
-    def __init__(self, magnitudes: Callable[[], Iterable[Tensor]], n: int) -> None:
-        self._magnitudes = magnitudes
+    def __init__(self, magnitudes: Magnitudes, n: int) -> None:
         step = n // _SAMPLE | 1  # odd, so as not to meet the same column in every row
-        marks = np.unique(np.concatenate([chunk[::step].copy() for chunk in self._chunks()]))
+        marks = np.unique(np.concatenate([chunk[::step].copy() for chunk in _arrays(magnitudes)]))
         if len(marks) > _MARKS:
             marks = marks[np.linspace(0, len(marks) - 1, _MARKS).astype(np.int64)]
         self._marks = marks
         self._below = np.zeros(len(marks), np.int64)
         self._through = np.zeros(len(marks), np.int64)
-        for chunk in self._chunks():
+        for chunk in _arrays(magnitudes):
             ordered = np.sort(chunk)
             self._below += np.searchsorted(ordered, marks, "left")
             self._through += np.searchsorted(ordered, marks, "right")
         self._gaps: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = Lock()
 
-    def _chunks(self) -> Iterator[np.ndarray]:
-        return (chunk.cpu().numpy() for chunk in self._magnitudes())
+    def at(self, rank: int, magnitudes: Magnitudes) -> Rank:
+        """Find the magnitude of a rank in rising order, 0 <= rank < n.
 
-    def at(self, rank: int) -> Rank:
-        """Find the magnitude of a rank in rising order, 0 <= rank < n."""
+        Args:
+            magnitudes: of the same tensor as at first.
+        """
         at = int(self._through.searchsorted(rank, "right"))
         if at < len(self._marks) and self._below[at] <= rank:
             return Rank(float(self._marks[at]), int(self._below[at]), int(self._through[at]))
-        gap = self._gap(at)
+        gap = self._gap(at, magnitudes)
         start = int(self._through[at - 1]) if at else 0
         value = gap[rank - start]
         below, through = np.searchsorted(gap, value, "left"), np.searchsorted(gap, value, "right")
         return Rank(float(value), start + int(below), start + int(through))
 
-    def _gap(self, at: int) -> np.ndarray:
+    def _gap(self, at: int, magnitudes: Magnitudes) -> np.ndarray:
         """Sort the entries that lie between two marks."""
         gap = self._gaps.get(at)
         if gap is None:
             low = self._marks[at - 1] if at else np.float32(-np.inf)
             high = self._marks[at] if at < len(self._marks) else np.float32(np.inf)
-            found = [chunk[(chunk > low) & (chunk < high)] for chunk in self._chunks()]
+            found = [chunk[(chunk > low) & (chunk < high)] for chunk in _arrays(magnitudes)]
             gap = np.sort(np.concatenate(found))
             with self._lock:  # a layer that occurs twice is merged by two threads
                 self._gaps[at] = gap
                 if len(self._gaps) > _GAPS:
                     self._gaps.popitem(last=False)
         return gap
+
+
+def _arrays(magnitudes: Magnitudes) -> Iterator[np.ndarray]:
+    return (chunk.cpu().numpy() for chunk in magnitudes())
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A table beside the tensor that it was made of."""
+
+    table: RankTable
+    magnitudes: Magnitudes
+
+    @classmethod
+    def of(cls, magnitudes: Magnitudes, n: int) -> Ranks:
+        """Make the table, too."""
+        return cls(RankTable(magnitudes, n), magnitudes)
+
+    def at(self, rank: int) -> Rank:
+        """Find the magnitude of a rank in rising order, 0 <= rank < n."""
+        return self.table.at(rank, self.magnitudes)
 
 
 def delta_ranks(job: TensorJob, source: Source) -> Ranks:
@@ -154,10 +179,12 @@ def delta_ranks(job: TensorJob, source: Source) -> Ranks:
         CheckpointError: the delta has NaN, which has no rank.
     """
 
-    def ranks() -> Ranks:
-        return Ranks(lambda: evaluated(job, magnitude, None, [source.tensor], Values()), job.like.numel())
+    def magnitudes() -> Iterable[Tensor]:
+        return evaluated(job, magnitude, None, [source.tensor], Values())
 
-    return job.statistics.once(job, "ranks", [source], ranks)
+    n = job.like.numel()
+    table = job.statistics.once(job, "ranks", [source], lambda: RankTable(magnitudes, n))
+    return Ranks(table, magnitudes)
 
 
 def magnitude(structure: Any, o: Operands) -> Any:

@@ -22,7 +22,7 @@ from evolve.errors import (
 from evolve.memory import Memory, measure
 from evolve.search_file import ScoringSettings, Signal, TaskSpec
 from evolve.tasks import Documents, Outcomes, RequestBank, Split, TaskSet, report_set
-from merge_core.checkpoint.locate import locate
+from merge_core.checkpoint.locate import tokenizer_folder
 from merge_core.plan import Sources, files_folder, merged_config, model_alone
 from merge_core.recipe import Recipe
 
@@ -180,7 +180,7 @@ class Worker:
     def _folder(self, prompting: Prompting, recipe: Recipe | None) -> Path:
         """Return where the tokenizer is that a recipe's model is asked with."""
         if prompting.tokenizer is not None:
-            return Path(locate(prompting.tokenizer))
+            return tokenizer_folder(prompting.tokenizer)
         return self._first.folder if recipe is None else files_folder(recipe, self.sources)
 
     def _bank(self, folder: Path, prompting: Prompting, split: Split) -> RequestBank:

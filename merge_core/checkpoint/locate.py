@@ -1,8 +1,8 @@
 """From a model reference as written in a recipe to a folder on this machine.
 
-A reference is a local path or a Hub id with an optional `@revision`. Only the files a merge needs
-are downloaded, templates included, through huggingface_hub's own cache and login; weights as .bin
-only where there are none as safetensors.
+A reference is a local path or a Hub id with an optional `@revision`, and may have a LoRA adapter of
+the same form behind a `+`. Only the files a merge needs are downloaded, templates included, through
+huggingface_hub's own cache and login; weights as .bin only where there are none as safetensors.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from pathlib import Path
 
 from merge_core.errors import CheckpointError, HubUnreachableError
 
-# The weights last: config and index decide whether they are worth fetching.
-PATTERNS = [
-    "*.json",
-    "*.jinja",
-    "*.safetensors",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-    "*.tiktoken",
-    "*.py",
-]
+_TEXTS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*.tiktoken"]
+PATTERNS = [*_TEXTS, "*.safetensors", "*.py"]
 BIN_PATTERNS = ["pytorch_model*.bin"]
+# An adapter's repository may hold the whole model, too.
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # Second copies of the weights (Mistral's and Meta's own format, subfolders of other runtimes).
 IGNORED = ["consolidated*", "*/*.safetensors", "*/*.json"]
 
@@ -42,19 +35,36 @@ def state_dict_file(reference: str) -> Path | None:
         return None
 
 
+def split_adapter(reference: str) -> tuple[str, str | None]:
+    """Split `model+adapter`; without an adapter the second part is None.
+
+    A folder or file whose own name has a '+' is taken for what it is.
+
+    Raises:
+        CheckpointError: there are several '+', and which one stands before the adapter cannot be told.
+    """
+    if "+" not in reference or os.path.exists(os.path.expanduser(reference)):
+        return reference, None
+    parts = reference.split("+")
+    ways = [("+".join(parts[:i]), "+".join(parts[i:])) for i in range(1, len(parts))]
+    if len(ways) > 1:
+        ways = [way for way in ways if all(os.path.exists(os.path.expanduser(end)) for end in way)]
+    if len(ways) != 1 or not all(ways[0]):
+        raise CheckpointError(
+            f"model {reference!r} must be MODEL+ADAPTER with one '+'; merge several adapters as models "
+            f"of their own (MODEL+ONE, MODEL+OTHER), and name existing folders"
+        )
+    return ways[0]
+
+
 @cache
-def locate(reference: str) -> Path:
-    """Return the folder that holds the model.
+def locate(reference: str, is_adapter: bool = False) -> Path:
+    """Return the folder that holds a model, or an adapter alone.
 
     Raises:
         CheckpointError: no such folder, or no such repository, or no access to it.
         HubUnreachableError: the Hub did not answer.
     """
-    if "+" in reference and not os.path.exists(reference):
-        raise CheckpointError(
-            f"model {reference!r} names a LoRA adapter after '+', which cannot be merged yet; "
-            f"merge the adapter into its base first and name the merged folder"
-        )
     try:
         path = Path(reference).expanduser()
         is_dir, exists = path.is_dir(), path.exists()
@@ -63,6 +73,10 @@ def locate(reference: str) -> Path:
     if is_dir:
         return path
     if exists:
+        if is_adapter:
+            raise CheckpointError(
+                f"adapter {reference!r} is a file; name the folder that holds adapter_config.json"
+            )
         raise CheckpointError(
             f"model {reference!r} is a file; name the folder that holds config.json, or a file "
             f"of weights ({', '.join(STATE_DICT_SUFFIXES)})"
@@ -73,7 +87,20 @@ def locate(reference: str) -> Path:
             f"model {reference!r}: no such folder; correct the path (relative paths start at "
             f"{Path.cwd()})"
         )
-    return _download(reference, name, revision or None)
+    return _download(reference, name, revision or None, is_adapter)
+
+
+def tokenizer_folder(reference: str) -> Path:
+    """Return the folder of a model's tokenizer: its adapter's where that has one, else the model's."""
+    model, adapter = split_adapter(reference)
+    if adapter is not None and has_tokenizer(folder := locate(adapter, is_adapter=True)):
+        return folder
+    return locate(model)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds a tokenizer that Transformers can load."""
+    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def refuse_links_out(reference: str, folder: Path) -> None:
@@ -110,13 +137,16 @@ def _can_only_be_a_path(name: str) -> bool:
     return len(parts) == 2 and Path(parts[0]).is_dir()
 
 
-def _download(reference: str, name: str, revision: str | None) -> Path:
+def _download(reference: str, name: str, revision: str | None, is_adapter: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     where = f"model {reference!r}: no folder of that name here, and on the Hub"
     try:
         # Each call returns the same folder, which then holds what was asked for so far.
-        for patterns in (PATTERNS, BIN_PATTERNS):
+        wanted = (PATTERNS, BIN_PATTERNS)
+        if is_adapter:
+            wanted = ([*_TEXTS, ADAPTER_FILES[0]], [ADAPTER_FILES[1]])
+        for patterns in wanted:
             folder = Path(
                 snapshot_download(
                     name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED

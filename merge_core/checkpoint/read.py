@@ -12,9 +12,10 @@ import json
 import mmap
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from merge_core.checkpoint.bin_file import BinFile
 from merge_core.checkpoint.locate import locate, refuse_links_out, state_dict_file
@@ -23,12 +24,20 @@ from merge_core.checkpoint.safetensors_file import TensorInfo as TensorInfo
 from merge_core.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-# Where weights may lie, the preferred first; each a file or the index of several.
-_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"
+INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 _LFS_POINTER = b"version https://git-lfs"
+
+
+class Update(Protocol):
+    """What is done to a stored tensor on its way to a merge."""
+
+    def __call__(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the updated tensor, new, in `dtype` on the stored one's device."""
+        ...
 
 
 class Checkpoint:
@@ -46,11 +55,15 @@ class Checkpoint:
         CheckpointError: files are missing, damaged, or in another format.
     """
 
+    # Where weights may lie, the preferred first; each a file or the index of several.
+    _weights: ClassVar[Sequence[str]] = ("model.safetensors", INDEX, "pytorch_model.bin", BIN_INDEX)
+    _repair: ClassVar[str] = "name the folder of a Transformers model with its weights"
+
     def __init__(self, reference: str) -> None:
         self.reference = reference
-        file = state_dict_file(reference)
+        file = self._file()
         self.is_state_dict = file is not None
-        self.folder = file.parent if file else locate(reference)
+        self.folder = file.parent if file else self._located()
         if file is None:
             refuse_links_out(reference, self.folder)
         self.tensors: dict[str, TensorInfo] = {}
@@ -88,32 +101,55 @@ class Checkpoint:
     is_mapped = True
     """Whether reading a tensor costs no work and no memory of this process."""
 
+    def _file(self) -> Path | None:
+        """Return the file that the reference names, where it names one of weights alone."""
+        return state_dict_file(self.reference)
+
+    def _located(self) -> Path:
+        """Find the folder."""
+        folder = locate(self.reference)
+        is_adapter = not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file()
+        if is_adapter:
+            raise CheckpointError(
+                f"model {self.reference!r} is an adapter without a model; write its base before it: "
+                f"BASE+{self.reference}"
+            )
+        return folder
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The model's config.json; empty for a file of weights."""
         if self.is_state_dict:
             return {}
-        path = self.folder / "config.json"
+        return self._json("config.json", "name the folder of a Transformers model")
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the model's tokenizer and chat template are."""
+        return self.folder
+
+    def _json(self, file: str, repair: str) -> dict[str, Any]:
+        """Read an object from a JSON file of the folder."""
+        path = self.folder / file
         try:
-            config = json.loads(path.read_text())
+            found = json.loads(path.read_text())
         except FileNotFoundError:
             raise CheckpointError(
-                f"model {self.reference!r} has no config.json in {self.folder}; name the folder of "
-                f"a Transformers model"
+                f"model {self.reference!r} has no {file} in {self.folder}; {repair}"
             ) from None
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not valid JSON ({error}); restore the file") from None
-        if not isinstance(config, dict):
+        if not isinstance(found, dict):
             raise CheckpointError(f"{path} is not a JSON object; restore the file")
-        return config
+        return found
 
     def _shards(self) -> dict[str, list[str]]:
         """List the files that hold the weights, and the tensors that an index promises in each."""
-        found = next((name for name in _WEIGHTS if (self.folder / name).is_file()), None)
+        found = next((name for name in self._weights if (self.folder / name).is_file()), None)
         if found is None:
             raise CheckpointError(
-                f"model {self.reference!r} has no {', '.join(_WEIGHTS[:-1])} or {_WEIGHTS[-1]} in "
-                f"{self.folder}; name the folder of a Transformers model with its weights"
+                f"model {self.reference!r} has no {', '.join(self._weights[:-1])} or "
+                f"{self._weights[-1]} in {self.folder}; {self._repair}"
             )
         return {found: []} if not found.endswith(".json") else self._read_index(self.folder / found)
 
@@ -154,6 +190,14 @@ class Checkpoint:
             raise CheckpointError(
                 f"model {self.reference!r}: {path} cannot be read ({error.strerror}); make it readable"
             ) from None
+
+    def origin(self, name: str) -> tuple[Checkpoint, str, Update | None]:
+        """Say where a tensor is stored, under which name, and what is done to it on its way."""
+        return self, name, None
+
+    def stores(self) -> list[Checkpoint]:
+        """List the folders whose files are read for this model."""
+        return [self]
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the CPU, contiguous and where it can be a view; never write into it."""

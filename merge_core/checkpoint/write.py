@@ -18,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_core.checkpoint.locate import has_tokenizer as has_tokenizer
 from merge_core.checkpoint.read import INDEX
 from merge_core.checkpoint.safetensors_file import ITEM_BYTES, lay_out
 from merge_core.errors import OutputError
@@ -35,16 +36,12 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "generation_config.json")
+GENERATION = "generation_config.json"
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", GENERATION)
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 # What is known of a tensor before it is there: name, torch dtype name, shape.
 Announced = tuple[str, str, tuple[int, ...]]
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Tell whether a folder holds a tokenizer that Transformers can load."""
-    return any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -56,8 +53,14 @@ def tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation defaults, those that exist."""
+def copy_tokenizer(source: Path, target: Path, model: Path | None = None) -> None:
+    """Copy tokenizer, chat template and generation defaults, those that exist.
+
+    Args:
+        model: where the generation defaults are if `source` is an adapter's folder without any.
+    """
+    if model is not None and (model / GENERATION).is_file():
+        shutil.copyfile(model / GENERATION, target / GENERATION)
     for file in (*TOKENIZER_FILES, *TEMPLATE_FILES):
         if (source / file).is_file():
             shutil.copyfile(source / file, target / file)

@@ -13,7 +13,7 @@ from merge_core.methods.entrywise import Operands, Values, entries, evaluated, i
 from merge_core.methods.job import TensorJob, row_sums
 from merge_core.methods.task_vector import agreeing
 from merge_core.sparsify import Kind, largest, mask_of_magnitudes
-from merge_core.statistics import Ranks, as_it_is
+from merge_core.statistics import Ranks, RankTable, as_it_is
 
 
 def sce(job: TensorJob) -> Tensor:
@@ -33,7 +33,7 @@ def sce(job: TensorJob) -> Tensor:
     kind: Kind = "all"
     values = Values()
     if topk < 1:
-        ranks, nonzero = job.statistics.once(job, "variance", job.sources, lambda: _variances(job))
+        ranks, nonzero = _variances(job)
         k = math.floor(topk * nonzero)
         if k <= 0:
             return as_it_is(job, job.base)
@@ -77,8 +77,12 @@ def _variances(job: TensorJob) -> tuple[Ranks, int]:
     def variances() -> Iterator[Tensor]:
         return evaluated(job, _variance, None, tensors, Values())
 
-    nonzero = sum(int(variance.count_nonzero()) for variance in variances())
-    return Ranks(variances, job.like.numel()), nonzero
+    def compute() -> tuple[RankTable, int]:
+        nonzero = sum(int(variance.count_nonzero()) for variance in variances())
+        return RankTable(variances, job.like.numel()), nonzero
+
+    table, nonzero = job.statistics.once(job, "variance", job.sources, compute)
+    return Ranks(table, variances), nonzero
 
 
 def _selected(kind: Any, o: Operands) -> list[Any]:

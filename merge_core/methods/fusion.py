@@ -81,6 +81,6 @@ def _threshold(job: TensorJob) -> float:
             yield importance.view(-1)
 
     n = job.like.numel()
-    ranks = Ranks(importances, n)
+    ranks = Ranks.of(importances, n)
     q1, median, q3 = (ranks.at(math.floor(q * (n - 1))).magnitude for q in (0.25, 0.5, 0.75))
     return median + 1.5 * (q3 - q1)

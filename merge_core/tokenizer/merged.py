@@ -53,7 +53,7 @@ def merged_vocabulary(recipe: Recipe, donor: str, sources: Sources) -> Vocabular
 
 def _folders(recipe: Recipe, sources: Sources) -> dict[str, Path]:
     """Return where the tokenizers of the merged models are, in the recipe's order."""
-    return {model: sources.architecture(model).checkpoint.folder for model in recipe.inputs()}
+    return {model: sources.architecture(model).checkpoint.tokenizer_folder for model in recipe.inputs()}
 
 
 def _n_rows(folder: Path) -> int:
@@ -72,7 +72,8 @@ def tokenizer_folder(recipe: Recipe, donor: str, sources: Sources) -> Path:
     Raises:
         CheckpointError: there is no tokenizer to begin with, or it cannot be changed.
     """
-    own = sources.architecture(donor).checkpoint.folder
+    checkpoint = sources.architecture(donor).checkpoint
+    own = checkpoint.tokenizer_folder
     vocabulary = merged_vocabulary(recipe, donor, sources)
     folder = own if vocabulary is None else vocabulary.folder
     is_unchanged = vocabulary is None or vocabulary.is_the_sources
@@ -87,8 +88,8 @@ def tokenizer_folder(recipe: Recipe, donor: str, sources: Sources) -> Path:
     key = json.dumps([str(own), str(folder), vocabulary.key if vocabulary else None, template])
     made, is_new = sources.tokenizers.new_folder(key)
     if is_new:
-        copy_tokenizer(folder, made)
-        for file in (own / "config.json", *own.glob("*.py")):
+        copy_tokenizer(folder, made, checkpoint.folder)
+        for file in (checkpoint.folder / "config.json", *checkpoint.folder.glob("*.py")):
             shutil.copyfile(file, made / file.name)
         if vocabulary is not None and not is_unchanged:
             _rewrite(vocabulary, made)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT.parent / "shared/hub/serve.py"
@@ -28,11 +28,12 @@ needs_server = pytest.mark.skipif(not SERVER.is_file(), reason=f"no stand-in Hub
 CLIENT = """
 import json, os, sys
 from merge_core.errors import MergeError
-from merge_core.checkpoint.locate import locate
+from merge_core.checkpoint.locate import locate, split_adapter
 for reference in sys.argv[1:]:
     found = {}
     try:
-        folder = locate(reference)
+        model, adapter = split_adapter(reference)
+        folder = locate(adapter, is_adapter=True) if adapter else locate(model)
         files = [path for path in folder.rglob("*") if path.is_file()]
         found["files"] = sorted(path.relative_to(folder).as_posix() for path in files)
         if os.environ.get("MERGE"):
@@ -56,6 +57,22 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+ADAPTED = "model.layers.1.self_attn.q_proj"
+
+
+def save_adapter(folder: Path, file: str) -> None:
+    """Save an adapter that adds 2 * 4 * 1 to each entry of one weight, beside a model."""
+    folder.mkdir()
+    names = [f"base_model.model.{ADAPTED}.lora_{part}.weight" for part in "AB"]
+    tensors = {names[0]: torch.ones(4, 48), names[1]: torch.ones(48, 4)}
+    save = torch.save if file.endswith(".bin") else save_file
+    save(tensors, folder / file)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [ADAPTED]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(3)}, folder / "model.safetensors")
+    (folder / "training_args.bin").write_text("{}")
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory, llamas) -> Iterator[tuple[str, Path]]:
     """The stand-in Hub's address and the folder of its models."""
@@ -67,6 +84,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, llamas) -> Iterator[tuple[str,
             if not (models / name / file).exists():
                 (models / name / file).write_text("{}")
     (models / "secret/.private").touch()
+    save_adapter(models / "lora", "adapter_model.safetensors")
+    save_adapter(models / "pickled-lora", "adapter_model.bin")
     (models / "extra/original").mkdir()
     shutil.copy(models / "extra/model.safetensors", models / "extra/original/consolidated.safetensors")
     shutil.copy(models / "extra/model.safetensors", models / "extra/consolidated.safetensors")
@@ -123,6 +142,8 @@ def run_client(address: str, home: Path, *references: str, cwd: Path, **environm
 
 REFERENCES = ["org/tiny", "org/tiny@main", "org/gone", "org/secret", "org/extra", "org/pickled"]
 REFERENCES += ["org/weightless"]
+WITH_ADAPTERS = ["org/tiny@main+org/lora@main", "org/tiny+org/pickled-lora"]
+REFERENCES += [*WITH_ADAPTERS, "org/tiny+org/gone", "org/lora"]
 
 # Nothing here may be looked up on the Hub: each is a path that does not exist.
 PATHS = [
@@ -198,6 +219,17 @@ def test_bin_weights_are_downloaded_where_there_are_no_safetensors(found, llamas
 
 
 @needs_server
+@pytest.mark.parametrize("reference", WITH_ADAPTERS)
+def test_an_adapter_is_downloaded_without_what_lies_beside_it(reference, found, llamas):
+    assert found[reference].get("faults") is None
+    file = "adapter_model.bin" if "pickled" in reference else "adapter_model.safetensors"
+    assert found[reference]["files"] == ["adapter_config.json", file]
+    expected = sums(llamas.x)
+    expected[f"{ADAPTED}.weight"] += 8 * 48 * 48
+    assert found[reference]["sums"] == pytest.approx(expected, rel=1e-5)
+
+
+@needs_server
 def test_a_revision_may_be_named(found):
     assert found["org/tiny@main"] == found["org/tiny"]
 
@@ -209,8 +241,10 @@ def test_a_revision_may_be_named(found):
         ("org/gone", ["'org/gone'", "correct the name", "HF_TOKEN"]),
         ("org/secret", ["'org/secret'", "private", "HF_TOKEN"]),
         ("org/weightless", ["'org/weightless'", "pytorch_model.bin", "model.safetensors"]),
+        ("org/tiny+org/gone", ["'org/gone'", "correct the name"]),
+        ("org/lora", ["'org/lora'", "is an adapter without a model", "BASE+org/lora"]),
     ],
-    ids=["missing", "private", "without weights"],
+    ids=["missing", "private", "without weights", "a missing adapter", "an adapter alone"],
 )
 def test_what_cannot_be_had_is_a_checkpoint_error_that_says_what_to_do(found, reference, expected):
     result = found[reference]

@@ -692,12 +692,6 @@ def test_a_relative_path_that_does_not_exist_is_an_error_without_the_hub(tmp_pat
     assert str(tmp_path) in fault
 
 
-def test_a_lora_adapter_is_refused_with_the_way_out(llamas):
-    (fault,) = faults_of(average(f"{llamas.base}+org/lora"))
-    assert "LoRA" in fault
-    assert "merge the adapter into its base first" in fault
-
-
 def test_a_value_that_is_missing_for_a_tensor_is_an_error_that_names_it(llamas):
     entry = {"model": llamas.x, "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}
     config = {"merge_method": "ties", "base_model": llamas.base, "models": [entry]}
