@@ -5,10 +5,9 @@ from __future__ import annotations
 from evolve.errors import SearchFileError
 from evolve.space import SearchSpace
 
-# A Gaussian process finds the larger front and, while CMA-ES has seen few generations, the better
-# candidate (README); but what it costs to ask grows with the cube of the candidates, and steeply with
-# the objectives.
-GP_CANDIDATES, GP_CANDIDATES_OF_A_FRONT, GP_OBJECTIVES = 50, 200, 3
+# A Gaussian process finds better candidates and larger fronts than the others (README), while both are
+# few; what it costs to ask grows with the cube of the candidates, and steeply with the objectives.
+GP_CANDIDATES, GP_VARIABLES, GP_OBJECTIVES = 200, 20, 3
 
 
 def resolve_sampler(
@@ -29,17 +28,19 @@ def resolve_sampler(
         )
     if name != "auto":
         return name, "as asked"
+    n_variables = len(space.variables)
     categories = [v.name for v in space.variables if v.choices is not None]
+    suits_gp = n_iterations <= GP_CANDIDATES and n_variables <= GP_VARIABLES and not categories
     if n_objectives > 1:
-        if n_objectives <= GP_OBJECTIVES and n_iterations <= GP_CANDIDATES_OF_A_FRONT and not categories:
+        if suits_gp and n_objectives <= GP_OBJECTIVES:
             return "gp", f"{n_objectives} objectives, {n_iterations} candidates"
         return "nsga2", f"{n_objectives} objectives"
     if space.is_local:
-        return "cma", f"{len(space.variables)} variables, which a search changes a few at a time"
-    if len(space.variables) < 2:
+        return "cma", f"{n_variables} variables, which a search changes a few at a time"
+    if n_variables < 2:
         return "tpe", "one variable"
     if categories:
-        return "tpe", f"{len(categories)} of {len(space.variables)} variables are categories"
-    if n_iterations <= GP_CANDIDATES:
-        return "gp", f"{n_iterations} candidates of {len(space.variables)} numeric variables"
-    return "cma", f"{len(space.variables)} numeric variables"
+        return "tpe", f"{len(categories)} of {n_variables} variables are categories"
+    if suits_gp:
+        return "gp", f"{n_iterations} candidates of {n_variables} numeric variables"
+    return "cma", f"{n_variables} numeric variables"

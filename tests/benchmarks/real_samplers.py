@@ -1,12 +1,13 @@
 """Samplers compared on real models: a search a sampler and seed, winners on the full holdout.
 
-    python tests/benchmarks/real_samplers.py TESTBED [--n 120] [--seeds 0 1]
+    python tests/benchmarks/real_samplers.py TESTBED [--case testbed] [--n 120] [--seeds 0 1]
 
-TIES on the testbed's 135M models, a weight and a density for each of 2 models in 3 layer groups
-(12 variables). Arms score every search document by metric; the winner's holdout score is the
-sum over the tasks. Differences are of `auto` minus the arm, paired by document, with 95% intervals.
+The cases of signals.py: TIES with 12 variables on the testbed's 135M models, or on the quickstart's.
+Arms score every search document by metric; the winner's holdout score is the sum over the tasks.
+Differences are of the first arm minus another, paired by document, with 95% intervals; at the end
+their means over the seeds, with Student's interval.
 
-- `auto`, `random`: the product's own samplers, with known recipes first.
+- `auto`, `cma`, `random` ...: the product's own samplers, with known recipes first.
 - `mergekit-evolve`: pycma set up as mergekit-evolve does it: start 1/M and density 1, sigma 1/6, no
   bounds, values folded into the ranges, the first best candidate wins.
 - `default`: `sampler`, `signal` and `racing` all `auto`, as a search file that names none has them.
@@ -24,7 +25,8 @@ from pathlib import Path
 
 import cma
 import numpy as np
-from signals import scored, testbed_case
+from replayed import interval
+from signals import CASES, scored, skills_case, testbed_case
 
 from evolve.intervals import gain_interval
 from evolve.loop import run
@@ -35,7 +37,7 @@ from evolve.tasks import Outcomes
 from evolve.workers import Pool
 from evolve.workers.start import Workers, start_pool
 
-ARMS = ("auto", "random", "mergekit-evolve", "default")
+ARMS = ("auto", "cma", "gp", "tpe", "random", "mergekit-evolve", "default")
 
 
 def winner(arm: str, file: SearchFile, plan: Plan, pool: Pool, folder: Path) -> dict[str, Value]:
@@ -53,7 +55,8 @@ def winner(arm: str, file: SearchFile, plan: Plan, pool: Pool, folder: Path) -> 
 def like_mergekit_evolve(file: SearchFile, plan: Plan, pool: Pool) -> dict[str, Value]:
     """Search with pycma as mergekit-evolve sets it up."""
     variables = plan.space.variables
-    start = [1.0 if "density" in v.name else 1 / 2 for v in variables]
+    n_models = len(file.template["models"])
+    start = [1.0 if "density" in v.name else 1 / n_models for v in variables]
     rng = np.random.RandomState(file.search.seed)
     options = {"randn": rng.randn, "seed": np.nan, "verbose": -9, "verb_log": 0}
     strategy = cma.CMAEvolutionStrategy(start, 1 / 6, options)
@@ -79,16 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the searches and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("testbed", type=Path, metavar="TESTBED")
+    parser.add_argument("--case", choices=CASES, default="testbed")
     parser.add_argument("--n", type=int, default=120, help="candidates a search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:1] + ARMS[-3:-1])
     parser.add_argument("--folder", type=Path, help="where the searches stay; default: a new one")
     given = parser.parse_args(arguments)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="samplers-"))
+    plain = testbed_case(given.testbed.resolve()) if given.case == "testbed" else skills_case()
+    sums: dict[str, list[float]] = {arm: [] for arm in given.arms}
+    first, *others = given.arms
     for seed in given.seeds:
-        file = testbed_case(given.testbed.resolve()).changed(
-            search={"n_iterations": given.n, "seed": seed}
-        )
+        file = plain.changed(search={"n_iterations": given.n, "seed": seed})
         plan = make_plan(file.changed(search={"signal": "metric", "racing": "none"}))
         holdout: dict[str, Outcomes] = {}
         for arm in given.arms:
@@ -99,12 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             finally:
                 pool.close()
             scores = plan.tasks.scores(holdout[arm])
-            line = f"seed {seed} {arm:16} sum {plan.tasks.objective(scores):.3f}"
+            sums[arm].append(plan.tasks.objective(scores))
+            line = f"seed {seed} {arm:16} sum {sums[arm][-1]:.3f}"
             line += "".join(f"  {task} {score:.3f}" for task, score in scores.items())
-            if "auto" in holdout and arm != "auto":
-                gain = gain_interval(plan.tasks, holdout["auto"], holdout[arm])
-                line += f"  auto minus it {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            if arm != first:
+                gain = gain_interval(plan.tasks, holdout[first], holdout[arm])
+                line += f"  {first} minus it {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
             print(line, flush=True)
+    for arm in others if len(given.seeds) > 1 else ():
+        print(f"{first} minus {arm}, over the seeds: {interval(np.subtract(sums[first], sums[arm]))}")
 
 
 if __name__ == "__main__":

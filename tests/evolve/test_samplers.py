@@ -160,8 +160,9 @@ def test_auto_chooses_by_what_is_searched() -> None:
     method = {"choices": ["task_arithmetic", "ties"]}
     models = [{"model": "a", "parameters": {"weight": {"low": 0, "high": 1}}}]
     switch = Space({"merge_method": method, "base_model": "base", "models": models})
-    assert resolve_sampler("auto", weights(4), 100)[0] == "cma"
-    assert resolve_sampler("auto", weights(4), 40)[0] == "gp"
+    assert resolve_sampler("auto", weights(4), 100)[0] == "gp"
+    assert resolve_sampler("auto", weights(4), 1000)[0] == "cma"
+    assert resolve_sampler("auto", weights(40), 100)[0] == "cma"
     assert resolve_sampler("auto", weights(1), 100)[0] == "tpe"
     assert resolve_sampler("auto", switch, 100)[0] == "tpe"
     assert resolve_sampler("auto", weights(4), 100, 2)[0] == "gp"
