@@ -311,8 +311,8 @@ class SearchFile:
             if key not in known
         ]
         # Slices may have methods of their own; experts and paths need none.
-        bodies = {"genome", "merge_method", "slices", "modules", "experts", "layer_path"}
-        if not bodies & set(data):
+        bodies = {"merge_method", "slices", "modules", "experts", "layer_path"}
+        if not self.is_mergekit and not bodies & set(data):
             faults.append("merge_method is missing; it is required, add it")
         schema = _MergekitSettings if self.is_mergekit else _Settings
         try:
