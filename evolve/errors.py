@@ -132,18 +132,24 @@ def _line(foreign: Exception) -> str:
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    """Say what to do where a folder's disk is full; other errors pass through.
+def disk_faults_told(folder: Path) -> Iterator[None]:
+    """Say what to do where a folder's disk is full, or a place in it is not as it should be.
 
     Raises:
-        StorageError: in place of the system's error.
+        StorageError: in place of the system's error; errors elsewhere pass through.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                f"the disk of {folder} is full; everything finished is recorded, make room and run the "
+                f"same command again, it goes on where it was"
+            ) from error
+        place = Path(error.filename) if isinstance(error.filename, str) else None
+        if place is None or not place.absolute().is_relative_to(folder.absolute()):
             raise
         raise StorageError(
-            f"the disk of {folder} is full; everything finished is recorded, make room and run the same "
-            f"command again, it goes on where it was"
+            f"{place} cannot be used ({error.strerror}); everything finished is recorded, put that right "
+            f"and run the same command again, it goes on where it was"
         ) from error

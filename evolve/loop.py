@@ -16,7 +16,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 
 from evolve.budget import Budget, budget_faults, n_gpus
-from evolve.errors import SearchFileError, SearchStoppedError, TrialError, full_disk_told
+from evolve.errors import SearchFileError, SearchStoppedError, TrialError, disk_faults_told
 from evolve.export import keep_current
 from evolve.finals import are_needed, finals
 from evolve.heats import Heats
@@ -106,7 +106,7 @@ def run(
         return Study.create_or_resume(folder, storage, plan.search_file, identity, n_values, artifacts)
 
     with ExitStack() as opened:
-        opened.enter_context(full_disk_told(folder))
+        opened.enter_context(disk_faults_told(folder))
         study = opened.enter_context(open_study()) if Study.is_in(folder) else None
         if study:
             check_points(folder, study.trials(), plan.space)

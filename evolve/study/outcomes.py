@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-from evolve.errors import StorageError, full_disk_told
+from evolve.errors import StorageError, disk_faults_told
 from evolve.record_check import reading
 from evolve.tasks import SPLITS, Outcome, Outcomes, Split, as_json
 
@@ -140,7 +140,7 @@ class OutcomeFiles:
             StorageError: the disk or the store does not take them.
         """
         try:
-            with full_disk_told(self._folder):
+            with disk_faults_told(self._folder):
                 save_outcomes(self.path(name), outcomes)
                 if self._store is not None:
                     with self.path(name).open("rb") as file:

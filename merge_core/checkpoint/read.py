@@ -121,7 +121,14 @@ class Checkpoint:
         """The model's config.json; empty for a file of weights."""
         if self.is_state_dict:
             return {}
-        return self._json("config.json", "name the folder of a Transformers model")
+        config = self._json("config.json", "name the folder of a Transformers model")
+        names = config.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: architectures is {shown(names)}; it must be a list of "
+                f"names, correct it"
+            )
+        return config
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -100,6 +100,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     elif event == "open" and isinstance(arguments[0], str | bytes):
         if (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             _check_place(watched, allowed, event, arguments[0])
+    elif event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # within an open folder
+        folder = os.readlink(f"/proc/self/fd/{arguments[1]}")
+        _check_place(watched, allowed, event, os.path.join(folder, os.fsdecode(arguments[0])))
     elif event in _WRITES:
         _check_place(watched, allowed, event, arguments[_WRITES[event]])
 
@@ -495,9 +498,10 @@ class World:
         return ["merge", str(file), str(self.out)]
 
     def _damage_model(self, rng: random.Random, folder: Path) -> None:
-        path = rng.choice([path for path in sorted(folder.iterdir()) if path.is_file()] or [folder])
-        if not path.is_file():
+        files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.is_symlink()]
+        if not files:
             return
+        path = rng.choice(files)
         change = rng.randrange(12)
         if change == 0:
             path.unlink()
