@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from evolve.errors import (
     SearchFileError,
@@ -309,6 +310,9 @@ class RayPool:
 
 def _start_ray(address: str | None) -> None:
     options: dict[str, Any] = {"address": address} if address else _ALONE
+    if not address:
+        # Else Ray takes 127.0.0.1 for a name of this machine, and its servers listen everywhere.
+        ray_constants.ENABLE_RAY_CLUSTER = False
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from evolve.search_file import SearchFile
-from evolve.study import Study, load_outcomes
+from evolve.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 # Also says where it is when asked, and makes no other difference.
@@ -89,7 +89,7 @@ def record(folder: Path) -> dict[int, str]:
         attributes = {k: v for k, v in trial.user_attrs.items() if k not in ("seconds", "attempts")}
         data: list[Any] = [trial.number, trial.state.name, trial.params, trial.values, attributes]
         if trial.values is not None:
-            outcomes = load_outcomes(study.outcomes_path(f"trial-{trial.number}"))["search"]
+            outcomes = study.outcomes.load(f"trial-{trial.number}")["search"]
             data.append({k: [(o.leaf, o.document, o.value) for o in v] for k, v in outcomes.items()})
         told[trial.number] = json.dumps(data, sort_keys=True)
     return told

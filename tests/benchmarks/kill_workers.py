@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evolve.search_file import SearchFile
-from evolve.study import Study, load_outcomes
+from evolve.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARE = 0.8
@@ -107,7 +107,7 @@ def survive(
         if trial.state.name == "FAIL":
             assert trial.user_attrs["failure"]["kind"] == "worker", trial.user_attrs["failure"]
         else:
-            outcomes = load_outcomes(study.outcomes_path(f"trial-{trial.number}"))["search"]
+            outcomes = study.outcomes.load(f"trial-{trial.number}")["search"]
             assert sum(map(len, outcomes.values())) == trial.user_attrs["documents"]
     assert states["COMPLETE"] >= SHARE * n_candidates
     attempts = Counter(int(trial.user_attrs["attempts"]) for trial in trials)
