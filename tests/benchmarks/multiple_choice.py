@@ -93,7 +93,8 @@ def start(backend: str, model: Path, dtype: str, folder: Path, options: dict[str
 
 def answer(worker: Any) -> tuple[float, list[float]]:
     """Score all documents: seconds, and the value of each."""
-    bank = worker._bank(worker.setup.prompting, "search")
+    setup = worker.setup
+    bank = worker._bank(setup.engine.folder, setup.prompting, "search")
     began = time.perf_counter()
     outcomes = bank.answer("search")["letters"]
     return time.perf_counter() - began, [outcome.value for outcome in outcomes]
