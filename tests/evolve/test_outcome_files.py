@@ -62,7 +62,7 @@ def test_missing_outcomes_and_a_disk_that_takes_none_are_said(tmp_path: Path) ->
     with pytest.raises(StorageError, match=r"trial-3.parquet is not there.*--artifacts"):
         alone.load("trial-3")
     (tmp_path / "s/trial-0.parquet").mkdir()  # a file cannot take a folder's place
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="cannot be used"):
         alone.save("trial-0", {"search": OUTCOMES})
 
 
