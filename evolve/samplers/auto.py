@@ -5,8 +5,9 @@ from __future__ import annotations
 from evolve.errors import SearchFileError
 from evolve.space import SearchSpace
 
-# A Gaussian process finds better candidates and larger fronts than the others (README), while both are
-# few; what it costs to ask grows with the cube of the candidates, and steeply with the objectives.
+# A Gaussian process found better candidates and larger fronts on the replay and on the quickstart's
+# models, not on the testbed's (README); what it costs to ask grows with the cube of the candidates, and
+# steeply with the objectives.
 GP_CANDIDATES, GP_VARIABLES, GP_OBJECTIVES = 200, 20, 3
 
 
