@@ -108,11 +108,12 @@ def run(
     with ExitStack() as opened:
         opened.enter_context(disk_faults_told(folder))
         study = opened.enter_context(open_study()) if Study.is_in(folder) else None
-        if study:
+        apart: list[int] = []
+        if study is not None:
             check_points(folder, study.trials(), plan.space)
-        if study and (kept := kept_verdict(study, plan)) is not None:
-            return _result(study, plan, kept, was_complete=True)
-        apart = suspects(study) if study else []
+            if (kept := kept_verdict(study, plan)) is not None:
+                return _result(study, plan, kept, was_complete=True)
+            apart = suspects(study)
         for number in apart:
             say(f"candidate {number} was under way whenever the search ended; it gets a process apart")
         # A new search writes nothing before its engine is up.
@@ -123,13 +124,16 @@ def run(
         opened.callback(pool.close)
         memory = pool.memory(plan.references(), plan.start.dtype)
         study = study or opened.enter_context(open_study())
-        study.keep_note("documents", plan.documents())
-        study.keep_note("metrics", plan.metrics())
-        # What an earlier run was allowed stays said.
-        notices = dict.fromkeys([*(study.note("notices") or ()), *plan.notices()])
-        study.keep_note("notices", list(notices))
-        study.keep_note("n_layers", plan.n_layers)
-        study.keep_note("memory", asdict(memory))
+        study.keep_notes(
+            {
+                "documents": plan.documents(),
+                "metrics": plan.metrics(),
+                # What an earlier run was allowed stays said.
+                "notices": list(dict.fromkeys([*(study.note("notices") or ()), *plan.notices()])),
+                "n_layers": plan.n_layers,
+                "memory": asdict(memory),
+            }
+        )
         budget = Budget(study, plan, gpus, began, had_gpus)
 
         def show(event: str) -> None:
