@@ -73,10 +73,14 @@ class LowRankUpdate:
         blocks = [(i, min(i + step, stored.shape[0])) for i in range(0, stored.shape[0], step)]
         if any(term.transposed and term.factors.magnitude for term in self.terms):
             blocks = [(0, stored.shape[0])]  # lengths are of columns
+        # Two places for all blocks: the C library leaves gaps between blocks that come and go.
+        n_rows = blocks[0][1]
+        first, second = torch.empty((2, n_rows, stored.shape[1]), dtype=work, device=stored.device)
         for start, stop in blocks:
-            block = stored[start:stop].to(work)
+            block, free = first[: stop - start].copy_(stored[start:stop]), second[: stop - start]
             for term, (left, right, magnitude) in zip(self.terms, loaded, strict=True):
-                block = (left[start:stop] @ right).mul_(term.factors.scaling).add_(block)
+                product = torch.mm(left[start:stop], right, out=free)
+                block, free = product.mul_(term.factors.scaling).add_(block), block
                 if term.factors.magnitude and term.transposed:
                     block.mul_((magnitude / block.norm(dim=0))[None, :])
                 elif term.factors.magnitude:

@@ -28,6 +28,7 @@ from merge_core.checkpoint.write import (
     write_shards,
 )
 from merge_core.errors import CheckpointError
+from merge_core.machine import give_back_gaps
 from merge_core.methods import METHODS, Parameter
 from merge_core.methods.job import Source, TensorJob
 from merge_core.parameters import look_up
@@ -105,7 +106,16 @@ def _stream(
     merger = Merger(recipe, sources, device, compiles, into or {})
     merger.announce(wanted)
     n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-    return _in_parallel(wanted, merger, n_threads)
+    stream = _in_parallel(wanted, merger, n_threads)
+    return _giving_back(stream) if sources.keeps else stream
+
+
+def _giving_back(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass the tensors on, and leave a search's next candidate no memory that this one freed."""
+    try:
+        yield from stream
+    finally:
+        give_back_gaps()
 
 
 def _in_parallel(wanted: list[Planned], merger: Merger, n_threads: int) -> Iterator[tuple[str, Tensor]]:

@@ -2,12 +2,15 @@
 
     python tests/benchmarks/adapters.py TESTBED [--rank 16] [--method ties] [--candidates 4] [--json]
 
+The methods are those with a weight for each model, and slerp.
+
 The testbed's two specialists and the adapters that they were merged from; with `--rank` adapters are
 extracted from the specialists instead, and the full models are merged from those. Both kinds go by
 the same names: of entries that tie at a density, the name chooses. Each search's merges run in a
-process of their own, with sources kept open as a search keeps them. Ends with exit status 1 where
-candidates differ in a bit, or where the sources with adapters take 1.5 times the base's memory or
-more.
+process of their own, into places that are there from the start, as an engine's live weights are, with
+sources kept open as a search keeps them. Private memory is what the process holds more at the end, all
+threads and compiled loops included. Ends with exit status 1 where candidates differ in a bit, or where
+the sources with adapters take 1.5 times the base's memory or more.
 """
 
 from __future__ import annotations
@@ -52,37 +55,52 @@ def prepare(testbed: Path, folder: Path, rank: int | None) -> None:
         save_merged(model_alone(f"{base}+{adapter}"), full, with_card=False)
 
 
+def candidate(method: str, base: str, models: list[str], value: float) -> dict[str, Any]:
+    """Spell a candidate of a search over that method."""
+    from merge_core.methods import METHODS
+
+    if method == "slerp":
+        own: dict[str, Any] = {}
+        top = {"base_model": models[0], "parameters": {"t": value}}
+    else:
+        ranged = {"weight", "density"} & METHODS[method].per_model.keys()
+        own = {"parameters": dict.fromkeys(sorted(ranged), value)}
+        top = {"base_model": base}
+    entries = [{"model": model, **own} for model in models]
+    return {"merge_method": method, **top, "models": entries, "dtype": "bfloat16"}
+
+
 def candidates(method: str, n: int) -> dict[str, Any]:
     """Merge candidates of the models here into one live place; say what sources hold, and the bits."""
     import torch
 
     from merge_core.machine import give_back_freed_memory, private_bytes
     from merge_core.merge import merged_tensors
+    from merge_core.plan import plan_merge
     from merge_core.recipe import Recipe
     from merge_core.sources import Sources
 
     base, models = BASE, [f"{BASE}+{name}" for name in TUNED]
+    recipes = [Recipe.parse(candidate(method, base, models, 0.3 + 0.1 * i)) for i in range(n)]
     give_back_freed_memory()
     sources = Sources(keep=True)
-    into: dict[str, torch.Tensor] = {}
+    into = {
+        planned.name: torch.zeros(planned.shape, dtype=getattr(torch, planned.dtype))
+        for planned in plan_merge(recipes[0], sources)
+    }
     before = private_bytes()
     seconds, bits = [], []
-    for i in range(n):
-        own = {"weight": 0.3 + 0.1 * i, **({"density": 0.3 + 0.1 * i} if method == "ties" else {})}
-        entries = [{"model": model, "parameters": own} for model in models]
-        recipe = Recipe.parse(
-            {"merge_method": method, "base_model": base, "models": entries, "dtype": "bfloat16"}
-        )
+    for recipe in recipes:
         began = time.perf_counter()
         for name, tensor in merged_tensors(recipe, sources, into=into):
-            if name not in into:
-                into[name] = tensor.clone()
+            if tensor is not into[name]:
+                into[name].copy_(tensor)
         seconds.append(time.perf_counter() - began)
         digest = hashlib.sha256()
         for tensor in into.values():
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         bits.append(digest.hexdigest())
-    held = private_bytes() - before - sum(tensor.nbytes for tensor in into.values())
+    held = private_bytes() - before
     stores = {
         store.reference: sum(info.n_bytes for info in store.tensors.values())
         for model in (base, *models)
