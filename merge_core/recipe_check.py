@@ -67,6 +67,14 @@ def intermediate_faults(recipe: Recipe) -> Iterator[str]:
             f"intermediate results {', '.join(waiting)} use each other in a circle; "
             f"name a model on disk in one of them"
         )
+    for document in (recipe, *recipe.intermediate.values()):
+        for reference in document.inputs():
+            name, _, adapter = reference.partition("+")
+            if adapter and name in recipe.intermediate:
+                yield (
+                    f"model {reference!r} puts an adapter on the result of another recipe; write that "
+                    f"result with `evolve merge --intermediate-dir DIR` and name its folder"
+                )
 
 
 def _method_faults(recipe: Recipe, parts: Sequence[Part]) -> Iterator[str]:

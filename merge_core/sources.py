@@ -110,11 +110,6 @@ class Sources:
         """Open a model with an adapter; several adapters of one model share its files."""
         from merge_core.adapted import AdaptedCheckpoint
 
-        if model in self._recipes:
-            raise CheckpointError(
-                f"model {model + '+' + adapter!r} puts an adapter on the result of another recipe; give "
-                f"that recipe's own models the adapter"
-            )
         return AdaptedCheckpoint(f"{model}+{adapter}", self.architecture(model), Adapter(adapter))
 
     def _result(self, name: str) -> Architecture:

@@ -191,6 +191,10 @@ ONE = "merge_method: linear\nmodels: [{model: a}]\n"
         (f"name: b\n{ONE}---\n[1]", "document 2 is [1]; each must be a mapping"),
         (f"name: b\n{ONE}---\nname: c\n{ONE}", "b and c is used by no other"),
         (f"name: a\n{ONE}---\n{ONE}", "intermediate results a use each other in a circle"),
+        (
+            f"name: b\n{ONE}---\nmerge_method: linear\nmodels: [{{model: b+c}}]\n",
+            "model 'b+c' puts an adapter on the result of another recipe",
+        ),
         (f"name: b@1\n{ONE}---\n{ONE}", "intermediate has the name 'b@1'"),
         (
             f"name: b\nmerge_method: lineal\nmodels: [{{model: a}}]\n---\n{ONE}",
