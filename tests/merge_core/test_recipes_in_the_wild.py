@@ -401,6 +401,30 @@ WILD: dict[str, tuple[str, list[str], str | None, list[str], int]] = {
         ["org/a", "org/b"],
         0,
     ),
+    "tokenizer union": (
+        """
+        models:
+          - model: org/a
+            parameters:
+              weight: 0.5
+              density: 0.6
+          - model: org/b
+            parameters:
+              weight: 0.5
+              density: 0.6
+        merge_method: ties
+        base_model: org/base
+        parameters:
+          normalize: true
+          int8_mask: true
+        tokenizer_source: union
+        dtype: bfloat16
+        """,
+        ["ties"],
+        "org/base",
+        ["org/a", "org/b", "org/base"],
+        0,
+    ),
     "references as mappings": (
         """
         merge_method: linear

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge_core.errors import CheckpointError, RecipeError
@@ -21,18 +18,22 @@ from merge_core.plan import Sources, files_folder, plan_merge
 from merge_core.recipe import Recipe
 from merge_core.tokenizer.settings import TEMPLATES
 
-from .vocabularies import TEXTS, TURNS, Named, build_vocabularies, recipe_of
+from .vocabularies import (
+    EMBEDDING,
+    HEAD,
+    TEXTS,
+    TURNS,
+    Named,
+    assert_same_rows,
+    build_vocabularies,
+    read,
+    recipe_of,
+    rows,
+    saved,
+    saved_by_mergekit,
+)
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Merged(NamedTuple):
-    """What a merge wrote."""
-
-    tensors: dict[str, Tensor]
-    tokenizer: Any
-    config: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +44,6 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Named:
 @pytest.fixture(scope="module")
 def sources() -> Sources:
     return Sources()
-
-
-def read(folder: Path) -> Merged:
-    config = json.loads((folder / "config.json").read_text())
-    return Merged(load_file(folder / "model.safetensors"), AutoTokenizer.from_pretrained(folder), config)
-
-
-@pytest.fixture
-def by_mergekit(tmp_path: Path) -> Callable[[dict[str, Any]], Merged]:
-    pytest.importorskip("mergekit", reason="mergekit is the oracle")
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    def merge(config: dict[str, Any]) -> Merged:
-        options = MergeOptions(write_model_card=False, quiet=True)
-        run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "theirs"), options)
-        return read(tmp_path / "theirs")
-
-    return merge
-
-
-def saved(config: dict[str, Any], folder: Path, sources: Sources | None = None) -> Merged:
-    save_merged(Recipe.parse(config), folder, sources=sources)
-    return read(folder)
-
-
-def rows(merged: Merged, name: str) -> dict[str, Tensor]:
-    """Return a table's rows by token."""
-    return {token: merged.tensors[name][i] for token, i in merged.tokenizer.get_vocab().items()}
 
 
 TOKENS = {
@@ -121,23 +92,14 @@ FAST = ("union of three", "a model", "single tokens", "padded up", "tied and unt
         for name, case in CASES.items()
     ],
 )
-def test_as_mergekit(case, names, sources, by_mergekit, tmp_path):
+def test_as_mergekit(case, names, sources, tmp_path):
     models, base, keys = case
     config = recipe_of(names, models, base, **keys)
-    ours, theirs = saved(config, tmp_path / "ours", sources), by_mergekit(config)
-    assert set(ours.tensors) == set(theirs.tensors)
-    assert ours.config["vocab_size"] == theirs.config["vocab_size"] == len(ours.tensors[EMBEDDING])
-    ids, their_ids = ours.tokenizer.get_vocab(), theirs.tokenizer.get_vocab()
-    assert set(ids) == set(their_ids)
-    for name, tensor in ours.tensors.items():
-        expected = theirs.tensors[name]
-        if name in (EMBEDDING, HEAD):
-            # mergekit appends tokens in the order of their hashes; padding stays at the end.
-            order = list(range(len(expected)))
-            for token, i in ids.items():
-                order[i] = their_ids[token]
-            expected = expected[order]
-        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+    ours, theirs = (
+        saved(config, tmp_path / "ours", sources),
+        saved_by_mergekit(config, tmp_path / "theirs"),
+    )
+    assert_same_rows(ours, theirs)
     if base is None:
         return  # mergekit then takes either model's tokenizer, by chance
     for text in TEXTS:
@@ -328,11 +290,14 @@ def rendered(tokenizer: Any, talk: list[dict[str, str]], invites: bool) -> str:
         for template in (*TEMPLATES, TURNS, "auto")
     ],
 )
-def test_chat_templates_say_what_mergekits_say(template, names, sources, by_mergekit, tmp_path):
+def test_chat_templates_say_what_mergekits_say(template, names, sources, tmp_path):
     config = recipe_of(names, "a b tied_b", "a", tokenizer_source="union", chat_template=template)
     if template == "llama3":  # one of them without a vocabulary of its own
         config = recipe_of(names, "a c", "a", tokenizer_source="base", chat_template=template)
-    ours, theirs = saved(config, tmp_path / "ours", sources), by_mergekit(config)
+    ours, theirs = (
+        saved(config, tmp_path / "ours", sources),
+        saved_by_mergekit(config, tmp_path / "theirs"),
+    )
     for talk in TALKS:
         for invites in (False, True):
             assert rendered(ours.tokenizer, talk, invites) == rendered(theirs.tokenizer, talk, invites)

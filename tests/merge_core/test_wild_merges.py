@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from merge_core.recipe import Recipe
 
 from ..conftest import build_llama, fine_tuned
 from .test_recipes_in_the_wild import WILD
+from .vocabularies import assert_same_rows, build_vocabularies, read, saved, saved_by_mergekit
 
 # The recipes are of models with 28 and 32 layers; here eight of them are one.
 _LAYERS_EACH = 8
@@ -31,6 +33,8 @@ AT_A_THRESHOLD = {"arcee_fusion": 0.01}
 LONG = "karcher"
 # Its adapter is read elsewhere.
 WITH_ADAPTER = "references as mappings"
+# Its models have vocabularies of their own.
+WITH_TOKENIZERS = "tokenizer union"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def merged(config: dict[str, Any], sources: Sources) -> dict[str, Tensor]:
     [
         pytest.param(name, marks=pytest.mark.slow) if name == LONG else name
         for name in WILD
-        if name != WITH_ADAPTER
+        if name not in (WITH_ADAPTER, WITH_TOKENIZERS)
     ],
 )
 def test_a_published_recipe_merges(name: str, folders: list[str], sources: Sources, theirs: Any) -> None:
@@ -104,3 +108,11 @@ def test_a_published_recipe_merges(name: str, folders: list[str], sources: Sourc
         assert found[key].dtype == tensor.dtype
         differs = (found[key] - tensor).abs() > 2e-6 * tensor.abs().max()
         assert float(differs.float().mean()) <= AT_A_THRESHOLD.get(name, 0.0), key
+
+
+def test_a_published_union_of_vocabularies_merges(tmp_path: Path) -> None:
+    names = build_vocabularies(tmp_path / "models")
+    config = made_small(WILD[WITH_TOKENIZERS][0], [names["a"], names["b"], names["d"]])
+    ours = saved(config, tmp_path / "ours")
+    assert_same_rows(ours, saved_by_mergekit(config, tmp_path / "theirs"))
+    assert len(ours.tokenizer) > max(len(read(Path(names[name])).tokenizer) for name in "abd")

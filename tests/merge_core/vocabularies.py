@@ -1,4 +1,7 @@
-"""Tiny models with BPE tokenizers of their own: other tokens, other ids, other added tokens."""
+"""Tiny models with BPE tokenizers of their own: other tokens, other ids, other added tokens.
+
+Their merges are read back by token, ours and mergekit's.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,20 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from merge_core.merge import save_merged
+from merge_core.plan import Sources
+from merge_core.recipe import Recipe
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ENGLISH = ["the cat sat on the mat the cat ate the rat"] * 3
 GERMAN = ["der hund und der mann und das land the cat"] * 3
 TEXTS = (
@@ -119,3 +130,54 @@ def recipe_of(names: Named, models: str, base: str | None = None, **keys: Any) -
     }
     config["models"] = [resolved(entry) for entry in config["models"]]
     return {key: value if key == "models" else resolved(value) for key, value in config.items()}
+
+
+class Merged(NamedTuple):
+    """What a merge wrote."""
+
+    tensors: dict[str, Tensor]
+    tokenizer: Any
+    config: dict[str, Any]
+
+
+def read(folder: Path) -> Merged:
+    config = json.loads((folder / "config.json").read_text())
+    return Merged(load_file(folder / "model.safetensors"), AutoTokenizer.from_pretrained(folder), config)
+
+
+def saved(config: dict[str, Any], folder: Path, sources: Sources | None = None) -> Merged:
+    save_merged(Recipe.parse(config), folder, sources=sources)
+    return read(folder)
+
+
+def saved_by_mergekit(config: dict[str, Any], folder: Path) -> Merged:
+    """Have mergekit merge the recipe; skip the test where it is not installed."""
+    pytest.importorskip("mergekit", reason="mergekit is the oracle")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    options = MergeOptions(write_model_card=False, quiet=True)
+    run_merge(MergeConfiguration.model_validate(config), str(folder), options)
+    return read(folder)
+
+
+def rows(merged: Merged, name: str) -> dict[str, Tensor]:
+    """Return a table's rows by token."""
+    return {token: merged.tensors[name][i] for token, i in merged.tokenizer.get_vocab().items()}
+
+
+def assert_same_rows(ours: Merged, theirs: Merged) -> None:
+    """Compare all tensors, tables by token: mergekit appends tokens in the order of their hashes."""
+    assert set(ours.tensors) == set(theirs.tensors)
+    assert ours.config["vocab_size"] == theirs.config["vocab_size"] == len(ours.tensors[EMBEDDING])
+    ids, their_ids = ours.tokenizer.get_vocab(), theirs.tokenizer.get_vocab()
+    assert set(ids) == set(their_ids)
+    for name, tensor in ours.tensors.items():
+        expected = theirs.tensors[name]
+        if name in (EMBEDDING, HEAD):
+            order = list(range(len(expected)))  # padding stays at the end
+            for token, i in ids.items():
+                order[i] = their_ids[token]
+            expected = expected[order]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
