@@ -11,7 +11,7 @@ from pathlib import Path
 from evolve.errors import StorageError, TrialError
 from evolve.plan import Plan
 from evolve.study import Study
-from evolve.tasks import SPLITS, Outcomes, Split
+from evolve.tasks import SPLITS, Outcomes, ScoredTask, Split
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 
@@ -61,8 +61,16 @@ def _check(path: Path, plan: Plan, job: Job, outcomes: Mapping[Split, Outcomes])
         tasks = plan.report_only if split == "report" else plan.tasks.following(job.signal)
         drawn: Split = "search" if split == "report" else split
         for task in tasks.tasks if tasks else ():
-            if task.n_documents(drawn) and not outcomes.get(split, {}).get(task.key):
+            if _asks(job, task, drawn) and not outcomes.get(split, {}).get(task.key):
                 raise StorageError(
                     f"{path} has no outcomes of {task.key} on {split} documents; remove the file, and "
                     f"run the same command again"
                 )
+
+
+def _asks(job: Job, task: ScoredTask, split: Split) -> bool:
+    """Tell whether a job asks documents of a task; of a few documents all may be another's."""
+    if job.documents is None:
+        return task.n_documents(split) > 0
+    asked = job.documents
+    return any(set(leaf.documents[split]) & set(asked.get(leaf.name, ())) for leaf in task.leaves)
