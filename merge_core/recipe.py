@@ -120,6 +120,17 @@ class Recipe(_Part):
     def _is_a_template(cls, value: str | None) -> str | None:
         return value if value is None else checked_template(value)
 
+    @field_validator("intermediate", mode="before")
+    @classmethod
+    def _are_no_mixtures(cls, value: Any) -> Any:
+        for name, document in value.items() if isinstance(value, Mapping) else ():
+            if isinstance(document, Mapping) and "experts" in document:
+                raise ValueError(
+                    f"{name!r} is a mixture of experts, which no other recipe takes for a model; make it "
+                    f"with `evolve merge` and name its folder"
+                )
+        return value
+
     @model_validator(mode="after")
     def _has_one_tokenizer(self) -> Recipe:
         if self.tokenizer is not None and self.tokenizer_source is not None:

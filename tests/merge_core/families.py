@@ -28,7 +28,8 @@ GPT2 = {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions"
 EXPERTS = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 19}
 MIXTRAL = {**EXPERTS, "num_local_experts": 3}
 QWEN_MOE = {**EXPERTS, "moe_intermediate_size": 11, "num_experts": 5, "num_experts_per_tok": 2}
-# Class of the config, its sizes, and whether mergekit 0.1.5 merges the family.
+# Class of the config, its sizes, and whether mergekit 0.1.5 merges the family as it lies on disk: single
+# experts it joins first.
 FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Llama": ("LlamaConfig", {**SIZES, "tie_word_embeddings": False}, True),
     "Llama, tied": ("LlamaConfig", {**SIZES, "hidden_size": 40, "num_attention_heads": 5,
@@ -38,11 +39,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "Gemma, tied": ("GemmaConfig", {**SIZES, "head_dim": 12}, True),
     "GPT-NeoX": ("GPTNeoXConfig", {**GPT_NEOX, "num_hidden_layers": 2}, False),
     "GPT-2": ("GPT2Config", GPT2, False),
-    "Mixtral, fused": ("MixtralConfig", MIXTRAL, False),
+    "Mixtral, fused": ("MixtralConfig", MIXTRAL, True),
     "Mixtral, by expert": ("MixtralConfig", MIXTRAL, False),
     "Qwen2-MoE, by expert": ("Qwen2MoeConfig",
                              {**QWEN_MOE, "shared_expert_intermediate_size": 13}, False),
-    "Qwen3-MoE, fused": ("Qwen3MoeConfig", {**QWEN_MOE, "head_dim": 8}, False),
+    "Qwen3-MoE, fused": ("Qwen3MoeConfig", {**QWEN_MOE, "head_dim": 8}, True),
 }  # fmt: skip
 # Size of each fine-tune's move; the same share of it is common to all.
 MOVES = {"x": 0.02, "y": 0.01, "z": 0.004}

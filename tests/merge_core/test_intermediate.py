@@ -195,6 +195,10 @@ ONE = "merge_method: linear\nmodels: [{model: a}]\n"
             f"name: b\n{ONE}---\nmerge_method: linear\nmodels: [{{model: b+c}}]\n",
             "model 'b+c' puts an adapter on the result of another recipe",
         ),
+        (
+            f"name: b\nbase_model: a\nexperts: [{{source_model: a}}]\n---\n{ONE}",
+            "'b' is a mixture of experts, which no other recipe",
+        ),
         (f"name: b@1\n{ONE}---\n{ONE}", "intermediate has the name 'b@1'"),
         (
             f"name: b\nmerge_method: lineal\nmodels: [{{model: a}}]\n---\n{ONE}",

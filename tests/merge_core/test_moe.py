@@ -20,6 +20,7 @@ from merge_core.errors import CheckpointError, MergeError, RecipeError
 from merge_core.estimate import estimate
 from merge_core.experts import MIXTRAL, QWEN, respelled, single_experts
 from merge_core.merge import load_merged, merged_tensors, save_merged
+from merge_core.methods import METHODS
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import Sources, merged_config, model_alone, plan_merge
 from merge_core.randomness import MaskKey, normals, uniforms
@@ -429,19 +430,29 @@ def test_a_joined_tensor_taken_apart_is_the_one_that_was_joined() -> None:
     assert torch.equal(joined(parts)[name], tensor)
 
 
-@pytest.mark.parametrize("name", ["Mixtral, by expert", "Qwen2-MoE, by expert"])
+# Methods that compute each entry for itself, those of random masks at full density.
+ENTRYWISE = ("task_arithmetic", "dare_ties", "della", "nearswap", "ram", "ramplus_tl")
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("Qwen2-MoE, by expert", "task_arithmetic"), *(("Mixtral, by expert", m) for m in ENTRYWISE)],
+)
 def test_merging_expert_by_expert_is_merging_as_mergekit_does(
-    stored: Any, theirs: Any, name: str
+    stored: Any, theirs: Any, name: str, method: str
 ) -> None:
     """It joins the experts first, which is the same where each entry is computed for itself."""
     family = stored(name, "float32")
+    takes_weights = "weight" in METHODS[method].per_model
+    weights = {"x": 0.7} if method == "nearswap" else {"x": 0.7, "y": -0.2}
     config = {
-        "merge_method": "task_arithmetic",
+        "merge_method": method,
         "base_model": family.folders["base"],
         "models": [
-            {"model": family.folders[short], "parameters": {"weight": weight}}
-            for short, weight in (("x", 0.7), ("y", -0.2))
+            {"model": family.folders[short], "parameters": {"weight": weight} if takes_weights else {}}
+            for short, weight in weights.items()
         ],
+        "parameters": {"t": 0.01} if method == "nearswap" else {},
         "dtype": "float32",
     }
     found, expected = joined(dict(merged_tensors(Recipe.parse(config)))), theirs(config)

@@ -121,6 +121,9 @@ def in_units(found: Tensor, exact: Exact) -> Deviation:
 
 # Share of the entries that may be left out: few lie at a threshold, more of bfloat16's tie there.
 FEW, MORE = 1e-3, 0.02
+# Across joined experts nuslerp's vectors have an entry an expert; of those that are nearly parallel
+# mergekit divides by the sine of their angle in float32.
+FEW_EXPERTS = 2e-5
 CAST = "Llama, from float32"
 
 
@@ -145,7 +148,12 @@ def test_float32(request, stored, table, family_name, name):
         if has_oracle:
             deviations.append(relative(tensor, expected[planned.name], value.is_open))
             to_theirs += deviations[1]
-        faults += [(planned.name, d) for d in deviations if not d.largest <= 1e-6]
+        limits = [1e-6, FEW_EXPERTS if recipe.merge_method == "nuslerp" and tensor.dim() == 3 else 1e-6]
+        faults += [
+            (planned.name, deviation)
+            for deviation, limit in zip(deviations, limits, strict=False)
+            if not deviation.largest <= limit
+        ]
     table[F32_EXACT, recipe.merge_method, family_name] += to_exact
     if has_oracle:
         table[F32_THEIRS, recipe.merge_method, family_name] += to_theirs
