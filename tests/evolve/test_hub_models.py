@@ -56,14 +56,20 @@ class Hub:
         models: folder of its models, ORG/NAME.
         settings: the stand-in's options.
         asked: (status, path) of every answer.
-        pause_s: how long each part of a file makes the client wait.
+        ranges: (path, Range header) of every request that wants the rest of a file.
+        slow: end of the name of files that take their time.
+        pause_s: how long each part of these makes the client wait.
+        breaks_after: bytes of a file after which a connection breaks, once; None = none does.
     """
 
     address: str
     models: Path
     settings: Namespace
     asked: list[tuple[int, str]] = field(default_factory=list)
+    ranges: list[tuple[str, str]] = field(default_factory=list)
+    slow: str = ".safetensors"
     pause_s: float = 0.0
+    breaks_after: int | None = None
 
     def environment(self, home: Path, token: str | None, offline: bool = False) -> dict[str, str]:
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_")
@@ -125,9 +131,14 @@ def hub(tmp_path: Path, llamas: Any) -> Iterator[Hub]:
             if (repo / ".private.gated").exists() and not is_let_in:
                 said = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted."}
                 return self.answer(403, {"error": "gated"}, said)
-            if not isinstance(self.wfile, _Slow):
-                self.wfile = _Slow(self.wfile, found)
-            return super().send_file(repo, path)
+            if self.command == "GET" and "Range" in self.headers:
+                found.ranges.append((path.name, self.headers["Range"]))
+            whole = self.wfile
+            self.wfile = _Slow(whole, found, found.pause_s if path.name.endswith(found.slow) else 0.0)
+            try:
+                return super().send_file(repo, path)
+            finally:
+                self.wfile = whole
 
         def log_request(self, code: Any = "-", size: Any = "-") -> None:
             if self.command == "GET":
@@ -151,15 +162,20 @@ def hub(tmp_path: Path, llamas: Any) -> Iterator[Hub]:
 
 
 class _Slow:
-    """A file that waits before each write of a mebibyte."""
+    """A connection that waits before each mebibyte, and may break."""
 
-    def __init__(self, file: Any, hub: Hub) -> None:
-        self._file, self._hub = file, hub
+    def __init__(self, file: Any, hub: Hub, pause_s: float) -> None:
+        self._file, self._hub, self._pause_s = file, hub, pause_s
+        self._n_sent = 0
 
     def write(self, data: bytes) -> int:
         if len(data) >= 1 << 20:
-            time.sleep(self._hub.pause_s)
+            time.sleep(self._pause_s)
         n: int = self._file.write(data)
+        self._n_sent += n
+        if self._hub.breaks_after is not None and self._n_sent > self._hub.breaks_after:
+            self._hub.breaks_after = None
+            raise ConnectionAbortedError
         return n
 
     def __getattr__(self, name: str) -> Any:
@@ -178,23 +194,41 @@ def test_a_gated_model_is_told_from_one_that_is_let_in_and_a_cut_download_goes_o
 
 
 @pytest.mark.slow
+def test_of_a_large_file_whose_connection_breaks_the_rest_alone_is_asked_for(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """The client keeps what came in pieces of 10 MiB."""
+    large = hub.models / "org/open/model.safetensors"
+    save_file({"w": torch.arange(6 << 20, dtype=torch.float32)}, large)
+    hub.breaks_after = 15 << 20
+    (found,) = hub.run(tmp_path / "home", "-c", LOCATE, "org/open").splitlines()
+    assert float(found.split()[1]) == sum(range(6 << 20))
+    assert hub.ranges == [("model.safetensors", f"bytes={10 << 20}-")]
+
+
+@pytest.mark.slow
 def test_a_killed_download_keeps_whole_files_and_later_needs_no_hub(hub: Hub, tmp_path: Path) -> None:
-    home, hub.pause_s = tmp_path / "home", 0.5
+    """Of the file that was under way huggingface_hub keeps a part for connections that break only."""
+    home, hub.slow, hub.pause_s = tmp_path / "home", "00002-of-00002.safetensors", 5.0
     line = [sys.executable, "-c", LOCATE, "org/big"]
     process = subprocess.Popen(
         line, env=hub.environment(home, None), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+    whole = ("model-00001-of-00002.safetensors", "config.json")
     deadline = time.monotonic() + 60
-    while not (hub.sent(".safetensors") and list(home.glob("hub/*/snapshots/*/config.json"))):
+    while not (hub.sent(hub.slow) and all(list(home.glob(f"hub/*/snapshots/*/{n}")) for n in whole)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert not list(home.glob(f"hub/*/snapshots/*/*{hub.slow}"))
     hub.pause_s = 0.0
     n_configs = hub.sent("/config.json")
     expected = 2 * (3 << 18) * 0.5
     assert float(hub.run(home, "-c", LOCATE, "org/big").split()[1]) == expected
     assert hub.sent("/config.json") == n_configs == 1
+    assert hub.sent("00001-of-00002.safetensors") == 1
+    assert hub.sent("00002-of-00002.safetensors") == 2
     n_sent = hub.sent(".safetensors")
     assert float(hub.run(home, "-c", LOCATE, "org/big").split()[1]) == expected
     assert float(hub.run(home, "-c", LOCATE, "org/big", offline=True).split()[1]) == expected
