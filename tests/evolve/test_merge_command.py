@@ -24,7 +24,7 @@ from huggingface_hub import ModelCard
 
 from evolve import merge_progress
 from evolve.cli import main
-from evolve.merging import _NOTHING_TO_DO
+from evolve.cli.merge import _NOTHING_TO_DO
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
 

@@ -7,8 +7,8 @@ import typer
 from typer.testing import CliRunner
 
 from evolve.cli import app
+from evolve.cli.mergekit_flags import CONSENT, MergekitFlags, with_mergekit_flags
 from evolve.errors import SearchFileError
-from evolve.mergekit_flags import CONSENT, MergekitFlags, with_mergekit_flags
 from evolve.search_file import SearchFile
 
 ROOT = Path(__file__).resolve().parents[2]
