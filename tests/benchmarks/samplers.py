@@ -3,8 +3,9 @@
     python tests/benchmarks/samplers.py
 
 Both minimise over the unit cube from the same start, with the same first step and population; medians
-of 11 seeds. `replayed` builds the sampler anew from the record before every proposal, `late` keeps
-three candidates pending, `failed` fails every seventh: they show how often the target is reached.
+of 11 seeds, of 44 with noise. `replayed` builds the sampler anew from the record before every
+proposal, `late` keeps three candidates pending, `failed` fails every seventh: they show how often the
+target is reached.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ with warnings.catch_warnings():
     import cma
 
 SEEDS = range(11)
+# With noise a run's length scatters so much that medians of 11 runs of one and the same sampler differ
+# by a third.
+NOISY_SEEDS = range(44)
 START = 0.3
 MOST = 10_000
 Function = Callable[[np.ndarray, np.random.Generator], float]
@@ -45,11 +49,12 @@ def noisy_step(x: np.ndarray, rng: np.random.Generator) -> float:
 
 
 # Function, and by dimensions its value without noise that is to be reached. The floor of Rosenbrock's
-# valley takes tens of thousands of evaluations in many dimensions; there half of the way counts.
+# valley takes tens of thousands of evaluations in many dimensions; there the way into it counts.
+# Where noise hides the steps, no sampler comes nearer: in 40 dimensions that is at 0.13.
 CASES: list[tuple[Function, dict[int, float]]] = [
     (sphere, dict.fromkeys((4, 10, 20, 40), 1e-6)),
-    (rosenbrock, {4: 1e-2, 10: 1e-2, 20: 10.0, 40: 20.0}),
-    (noisy_step, {4: 0.05, 10: 0.05, 20: 0.1, 40: 0.1}),
+    (rosenbrock, {4: 1e-2, 10: 1e-2, 20: 10.0, 40: 40.0}),
+    (noisy_step, {4: 0.05, 10: 0.05, 20: 0.1, 40: 0.15}),
 ]
 
 
@@ -111,15 +116,17 @@ def main() -> None:
         for n, target in targets.items():
             if only and n not in only:
                 continue
-            theirs = np.median([by_fmin(f, n, target, seed) for seed in SEEDS])
-            ours = np.median([by_ours(f, n, target, seed) for seed in SEEDS])
+            seeds = NOISY_SEEDS if f is noisy_step else SEEDS
+            theirs = np.median([by_fmin(f, n, target, seed) for seed in seeds])
+            ours = np.median([by_ours(f, n, target, seed) for seed in seeds])
             line = (
                 f"{f.__name__:10} {n:2}-D  fmin {theirs:6.0f}  cma {ours:6.0f}  ratio {ours / theirs:.2f}"
             )
             if n <= 10:
                 for name, how in (("late", {"pending": 3}), ("failed", {"failing": 7})):
-                    took = [by_ours(f, n, target, seed, **how) for seed in SEEDS]
-                    line += f"  {name} {np.median(took):.0f} ({sum(e < MOST for e in took)} of 11)"
+                    took = [by_ours(f, n, target, seed, **how) for seed in seeds]
+                    n_reached = sum(evaluations < MOST for evaluations in took)
+                    line += f"  {name} {np.median(took):.0f} ({n_reached} of {len(seeds)})"
             if n == 4:
                 again = by_ours(f, n, target, 0, renew=1) == by_ours(f, n, target, 0)
                 line += f"  replayed {'the same' if again else 'OTHERWISE'}"
