@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from evolve.front import front, ranking
 from evolve.kept import kept_outcomes
 from evolve.plan import Plan
 from evolve.racing import Document, Race, Round, Values, values_of
+from evolve.smoothing import coordinates, smoothed
 from evolve.study import Study
 from evolve.tasks import Documents, Outcomes, n_documents
 from evolve.workers import Pool
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from evolve.budget import Budget
+
+# Smoothing takes time with the cube of the candidates; of more the best, by what the sampler saw.
+MOST_SMOOTHED = 500
 
 
 class Heats:
@@ -115,16 +119,24 @@ class Heats:
         """Return the candidates for the finals, the best first, and how many documents it took.
 
         Raced candidates go through rounds, in which those who are left are asked more documents, as long
-        as the budget allows it.
+        as the budget allows it. Who is left is said by smoothed estimates.
         """
         ranked, race = self._study.ranked(), self.race
-        if race is None:
+        if race is None or not ranked:
             return ranked, 0
         values = {trial.number: self._values(race, trial) for trial in ranked}
+        points = {
+            trial.number: coordinates(self._plan.space.variables, trial.params)
+            for trial in ranked[:MOST_SMOOTHED]
+        }
         known: dict[int, Outcomes] = {}  # of those who take part
         n_asked = 0
+        ratings = self._rated(race, ranked, values, points)
         for i, each in enumerate(race.rounds()):
-            ranked = ranked[: max(each.n_candidates, self._n_on_front(race, ranked, values, each))]
+            order = ranking(*ratings)
+            # A front's members are all as good; at most twice the round's places are theirs.
+            n_on_front = min(len(front(*ratings)), 2 * each.n_candidates)
+            ranked = [ranked[j] for j in order[: max(each.n_candidates, n_on_front)]]
             for trial in ranked:
                 if trial.number not in known:
                     known[trial.number] = self._told(trial.number)
@@ -138,25 +150,37 @@ class Heats:
                     n_asked += n_documents(more)
                     known[trial.number] = joined(known[trial.number], more)
                     values[trial.number] = values_of(known[trial.number])
-            ranked = [ranked[j] for j in ranking(*self._rated(race, ranked, values))]
-        return ranked, n_asked
-
-    def _n_on_front(
-        self, race: Race, ranked: list[FrozenTrial], values: Mapping[int, Values], each: Round
-    ) -> int:
-        """Count the Pareto front, whose members are all as good; at most twice the round's places."""
-        return min(len(front(*self._rated(race, ranked, values))), 2 * each.n_candidates)
+            ratings = self._rated(race, ranked, values, points)
+        return [ranked[j] for j in ranking(*ratings)], n_asked
 
     def _rated(
-        self, race: Race, trials: list[FrozenTrial], values: Mapping[int, Values]
+        self,
+        race: Race,
+        trials: Sequence[FrozenTrial],
+        values: Mapping[int, Values],
+        points: Mapping[int, np.ndarray],
     ) -> tuple[np.ndarray, list[float]]:
-        """Return the values of candidates, and their violations in all, by what is known by now."""
-        rate = self._plan.objectives.rate
-        ratings = []
-        for trial in trials:
-            estimates = race.estimates(values[trial.number])
-            scores = {key: estimate.value for key, estimate in estimates.items()}
-            ratings.append(rate(scores, self.base))
+        """Return the values of candidates, and their violations in all, by what is known by now.
+
+        Args:
+            values: what every candidate gave, also those who are out.
+            points: where candidates are in the space; the estimates of these are smoothed.
+        """
+        estimates = {number: race.estimates(its) for number, its in values.items()}
+        scores = {
+            number: {key: estimate.value for key, estimate in by_key.items()}
+            for number, by_key in estimates.items()
+        }
+        for key in (task.key for task in self._plan.followed.tasks):
+            some = [estimates[number][key] for number in points]
+            steadier = smoothed(
+                np.array([*points.values()]),
+                np.array([estimate.value for estimate in some]),
+                np.array([estimate.standard_error for estimate in some]),
+            )
+            for number, value in zip(points, steadier, strict=True):
+                scores[number][key] = float(value)
+        ratings = [self._plan.objectives.rate(scores[trial.number], self.base) for trial in trials]
         return np.array([r.values for r in ratings]), [r.total_violation for r in ratings]
 
     def _wanted(self, each: Round, known: Outcomes) -> dict[str, list[Document]]:

@@ -8,7 +8,8 @@ What the sampler sees are estimates of the scores over all documents; their stan
 recorded beside them.
 
 At the end the elite is raced on: in rounds ever fewer candidates are asked ever more documents, the
-same for all, and who is left is scored on every document. (Sequential halving: Karnin,
+same for all, and who is left is scored on every document. There estimates are smoothed over the space
+(`evolve.smoothing`), so that luck with few documents takes nobody far. (Sequential halving: Karnin,
 Koren and Somekh 2013, Almost Optimal Exploration in Multi-Armed Bandits. Blocks and paired tests:
 Birattari et al. 2002, A Racing Algorithm for Configuring Metaheuristics.)
 
@@ -46,8 +47,8 @@ _PEERS = 2 * GENERATION
 DROP_Z = 2.0
 # Rounds before the finals: share of all candidates that take part, share of the documents they are
 # asked; and the share of all candidates that is then scored on every document.
-ROUNDS = ((1 / 6, 0.15), (1 / 12, 0.35))
-FINALISTS, FINALISTS_LEAST = 1 / 24, 3
+ROUNDS = ((1 / 4, 0.12), (1 / 12, 0.3))
+FINALISTS, FINALISTS_LEAST = 1 / 30, 3
 # `auto` races searches of at least so many candidates, where it saves most of the documents.
 WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.3
 # How many candidates that found a document average its ease is shrunk by.

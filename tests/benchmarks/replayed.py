@@ -1,6 +1,7 @@
 """Samplers, signals, racing and fronts compared on the replay bench, with many seeds.
 
-    python tests/benchmarks/replayed.py samplers | signals | racing | fronts   [--seeds 10] [--n N]
+    python tests/benchmarks/replayed.py samplers | signals | fronts   [--seeds 10] [--n N]
+    python tests/benchmarks/replayed.py racing   [--sampler cma]      [--seeds 10] [--n N]
 
 Each search runs the product's own samplers, proposer and racing; only merge, load and score are
 replayed (see replay.py). Half of the documents, drawn by seed, rank candidates, the others are the
@@ -29,6 +30,7 @@ from evolve.racing import FINALISTS, Race, Values
 from evolve.samplers import make_sampler
 from evolve.samplers.auto import resolve_sampler
 from evolve.samplers.proposer import Proposer
+from evolve.smoothing import smoothed
 from evolve.space import SearchSpace, Space, Value
 
 MODELS = ("addition", "roman")
@@ -176,20 +178,36 @@ def raced(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
         known.append(found)
         return [value]
 
-    trials = search(bench, sampler, n, values)
-    ranked = sorted(range(n), key=lambda i: (-trials[i].values[0], i))
+    search(bench, sampler, n, values)
+    ranked, value = list(range(n)), smoothed_values(race, points, known)
     for each in race.rounds():
-        ranked = ranked[: each.n_candidates]
+        ranked = sorted(ranked, key=lambda i: (-value[i], i))[: each.n_candidates]
         for i in ranked:
             more = ask(points[i], each.documents)
             known[i] = {name: known[i][name] | more[name] for name in more}
-        ranked = sorted(ranked, key=lambda i: (-estimate(known[i]), i))
+        value = smoothed_values(race, points, known)
+    ranked.sort(key=lambda i: (-value[i], i))
     finalists = ranked[: race.n_of(FINALISTS)]
     n_documents = sum(map(len, bench.search))
     asked = sum(len(its) for found in known for its in found.values()) / len(KINDS[signal])
     asked += len(finalists) * n_documents
     winner = max(finalists, key=lambda i: sum(bench.scores(points[i])))
     return Found(points[winner], asked / (n * n_documents))
+
+
+def smoothed_values(race: Race, points: Sequence[np.ndarray], known: Sequence[Values]) -> np.ndarray:
+    """Return candidates' objectives, as evolve/heats.py rates them; shape (candidates,)."""
+    estimates = [race.estimates(values) for values in known]
+    by_score = [
+        smoothed(
+            np.array(points),
+            np.array([each[key].value for each in estimates]),
+            np.array([each[key].standard_error for each in estimates]),
+        )
+        for key in estimates[0]
+    ]
+    total: np.ndarray = sum(by_score)
+    return total
 
 
 def like_mergekit_evolve(bench: Bench, n: int) -> Found:
@@ -263,13 +281,13 @@ def signals(n_seeds: int, n: int) -> None:
     compare(arms, n_seeds, "likelihood")
 
 
-def racing(n_seeds: int, n: int) -> None:
+def racing(n_seeds: int, n: int, sampler: str) -> None:
     """Compare raced searches with full ones: documents asked, and how the winner's scores compare."""
     for signal in KINDS:
         rows = []
         for seed in range(n_seeds):
             bench = Bench(seed)
-            whole, part = full(bench, "auto", n, signal), raced(bench, "auto", n, signal)
+            whole, part = full(bench, sampler, n, signal), raced(bench, sampler, n, signal)
             error = bench.standard_error(whole.point)
             each = []
             for score in (
@@ -318,12 +336,17 @@ def fronts(n_seeds: int, n: int) -> None:
 def main() -> None:
     """Run one comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    compared = {"samplers": samplers, "signals": signals, "racing": racing, "fronts": fronts}
-    parser.add_argument("what", choices=compared)
+    compared = {"samplers": samplers, "signals": signals, "fronts": fronts}
+    parser.add_argument("what", choices=[*compared, "racing"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--n", type=int, help="candidates; default 120, for fronts 88")
+    parser.add_argument("--sampler", default="auto", help="of the searches that are raced")
     given = parser.parse_args()
-    compared[given.what](given.seeds, given.n or (88 if given.what == "fronts" else 120))
+    n = given.n or (88 if given.what == "fronts" else 120)
+    if given.what == "racing":
+        racing(given.seeds, n, given.sampler)
+    else:
+        compared[given.what](given.seeds, n)
 
 
 if __name__ == "__main__":

@@ -255,8 +255,8 @@ def test_what_cannot_be_told_from_a_part_is_not_raced() -> None:
     assert make_plan(SearchFile(data)).search_file.search.racing == "none"
 
 
-def test_one_in_24_reaches_the_finals() -> None:
-    assert race(n_candidates=120).n_of(FINALISTS) == 5
+def test_one_in_30_reaches_the_finals() -> None:
+    assert race(n_candidates=120).n_of(FINALISTS) == 4
 
 
 @pytest.mark.parametrize("limit", [30, 32])
