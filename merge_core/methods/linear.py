@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from merge_core.errors import RecipeError
@@ -25,13 +27,22 @@ def linear(job: TensorJob) -> Tensor:
     weights = [source.parameters["weight"] for source in job.sources]
     if not job.parameters["normalize"]:
         return combine(job, weights)
+    return combine(job, weights, divisor_of(job.name, weights))
+
+
+def divisor_of(name: str, weights: Sequence[float]) -> float:
+    """Return what `normalize` divides a tensor's weighted sum by: the sum of its weights.
+
+    Raises:
+        RecipeError: they sum to zero.
+    """
     total = sum(weights)
     if abs(total) < 1e-8:
         raise RecipeError(
-            f"weight of {job.name}: the weights {weights} sum to zero, and normalize divides by "
+            f"weight of {name}: the weights {list(weights)} sum to zero, and normalize divides by "
             f"their sum; change a weight or set normalize: false"
         )
-    return combine(job, weights, total)
+    return total
 
 
 def passthrough(job: TensorJob) -> Tensor:
