@@ -1,8 +1,9 @@
 """The finals: of candidates that were ranked by less, the best are scored by the metrics on everything.
 
-A signal, or a part of the documents, ranks candidates while the sampler searches; what they are
-worth to the user the tasks' own metrics say. The finalists are scored on all search documents in
-one go, as `evolve eval --like` does, and the best of them by metric is the winner.
+A signal, a part of the documents, or adapters in place of merged weights rank candidates while the
+sampler searches; what they are worth to the user the tasks' own metrics say. The finalists are merged
+and scored on all search documents in one go, as `evolve eval --like` does, and the best of them by
+metric is the winner.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ FEWEST = 3
 
 
 def are_needed(plan: Plan) -> bool:
-    """Tell whether the sampler sees something else than the metrics over all search documents."""
+    """Tell whether the sampler sees something else than merges' metrics over all search documents."""
     settings = plan.search_file.search
-    return settings.signal != "metric" or settings.racing == "always"
+    return settings.signal != "metric" or settings.racing == "always" or settings.n_adapters > 0
 
 
 def n_finalists(plan: Plan) -> int:
@@ -101,7 +102,7 @@ def finals(
 def _known_scores(plan: Plan, trial: FrozenTrial) -> dict[str, float] | None:
     """Return a candidate's scores where the search took them all, on all its documents."""
     scores = trial.user_attrs["scores"]
-    if "standard_errors" in trial.user_attrs:
+    if "standard_errors" in trial.user_attrs or trial.user_attrs.get("scored_as") == "adapter":
         return None
     keys = [task.key for task in plan.tasks.tasks]
     if trial.user_attrs["documents"] < plan.tasks.n_documents or not scores.keys() >= set(keys):

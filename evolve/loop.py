@@ -177,7 +177,8 @@ def search(
         ending = None
         while pending < pool.size:
             number = len(trials := study.trials())
-            if not interrupted and number >= settings.n_iterations:
+            waits = pool.by_generation and pending and number % pool.size == 0
+            if not interrupted and (number >= settings.n_iterations or waits):
                 break
             if (ending := budget.refusal()) is not None:
                 break
@@ -244,6 +245,8 @@ def record(study: Study, plan: Plan, heats: Heats, result: Result) -> None:
         return
     rating = plan.objectives.rate(scores, heats.base)
     recorded = heats.recorded(number, outcomes)
+    if result.as_adapter:
+        recorded["scored_as"] = "adapter"
     study.complete(number, rating, scores, outcomes, result.seconds, errors, recorded)
     heats.tell(number, outcomes)
     keep_current(study, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from evolve.automatic import race_of, resolve_racing, resolve_signal
+from evolve.automatic import race_of, resolve_adapters, resolve_racing, resolve_signal
 from evolve.baselines import same_prompts
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
@@ -234,10 +234,19 @@ def make_plan(
     if not faults:  # a signal at fault is told above
         faults += constraint_faults(search_file.search, sets[0], _base_on_disk(start))
         faults += [fault for tasks in sets for fault in reference_faults(tasks.tasks, start, sources)]
+        try:
+            at_once = resolve_adapters(search_file, space, sources, device)
+            search_file = search_file.changed(search={"adapters_at_once": at_once})
+        except (SearchFileError, MergeError) as error:
+            faults += error.faults
     if faults:
         raise SearchFileError(faults)
     tasks, *reported = sets
     notes = [*space.notes, *tasks.notes]
+    if n_adapters := search_file.search.n_adapters:
+        notes.append(
+            f"candidates are scored {n_adapters} at once, as adapters; finalists and baselines as merges"
+        )
     if not tasks.has_holdout:
         search_file = search_file.changed(scoring={"holdout": 0.0})
     own_tokenizers = any(recipe.has_own_tokenizer for recipe in space.examples())

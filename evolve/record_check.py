@@ -42,6 +42,7 @@ class _Attributes(BaseModel):
     attempts: int = 1
     told: int = 0
     known: str = ""
+    scored_as: str = ""
     documents: int = 0
     objective: float = 0.0
     scores: dict[str, float] = {}

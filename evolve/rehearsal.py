@@ -152,10 +152,12 @@ class _Rehearsal:
     def _later_s(self, began: float) -> float:
         """Return what a candidate after the workers' first ones takes in its worker."""
         n = self._pool.size
+        # One worker that evaluates several at once takes a share of its time for each.
+        at_once = 1 if self._pool.by_generation else n
         times = [began, *self._told]
         if len(self._told) > n:
-            return (times[-1] - times[n]) / (len(self._told) - n) * n
-        return (times[-1] - began) / max(1, len(self._told)) * n or LEAST_S
+            return (times[-1] - times[n]) / (len(self._told) - n) * at_once
+        return (times[-1] - began) / max(1, len(self._told)) * at_once or LEAST_S
 
     def _trial_bytes(self) -> float:
         """Return by how much the folder grew a candidate; outcomes are written, the database by pages."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -180,6 +180,8 @@ class SearchSettings(_Section):
     """Documents that candidates may be asked in all, finals included."""
     max_gpu_hours: float | None = Field(default=None, gt=0)
     """No candidate is begun that would end after so many GPU hours, counted over all runs."""
+    adapters_at_once: Literal["none", "auto"] | Annotated[int, Field(ge=1)] = "none"
+    """How many candidates one vLLM engine serves at once, as adapters of their base; none = it merges."""
     candidate_timeout_s: float | None = Field(default=None, gt=0)
     """How long a candidate may take, merge, load and score; longer ones are stopped, and tried again."""
     max_failed_share: float = Field(default=0.5, gt=0, le=1)
@@ -191,6 +193,11 @@ class SearchSettings(_Section):
         """The signal that the sampler follows, once `auto` is resolved."""
         assert self.signal != "auto", "resolve_signal comes first"
         return self.signal
+
+    @property
+    def n_adapters(self) -> int:
+        """How many candidates are served at once as adapters, once `auto` is resolved; 0 = none."""
+        return self.adapters_at_once if isinstance(self.adapters_at_once, int) else 0
 
 
 class ScoringSettings(_Section):

@@ -46,6 +46,10 @@ class VllmEngine:
 
     `options` go to `vllm.LLM` as they are.
 
+    Args:
+        settings: how to start it.
+        further: options of vLLM that the user does not set.
+
     Attributes:
         merges_itself: whether the ranks merge on their own; `load` is then refused.
 
@@ -54,7 +58,7 @@ class VllmEngine:
         SearchFileError, TrialEngineError: vLLM cannot start with this model and these options.
     """
 
-    def __init__(self, settings: EngineSettings) -> None:
+    def __init__(self, settings: EngineSettings, **further: Any) -> None:
         check_options(settings.options)
         self._settings = settings
         on_cpu = settings.device == "cpu"
@@ -66,6 +70,7 @@ class VllmEngine:
             "max_logprobs": -1,
             **(cpu_defaults() if on_cpu else {}),
             **settings.options,
+            **further,
         }
         n_ranks = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
         self.merges_itself = n_ranks > 1

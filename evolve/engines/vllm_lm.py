@@ -7,10 +7,11 @@ options one each, of which only the option's own tokens are computed where the c
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from evolve.engines.vllm_sampling import generation_defaults, request_seed, samp
 from evolve.errors import TrialEngineError
 
 Tokens = tuple[tuple[str, str] | None, list[int], list[int]]
+# Has the engine answer prompts, each with its parameters; one output a prompt, in their order.
+Generate = Callable[[list[dict[str, list[int]]], list[Any]], Sequence[Any]]
 DEFAULT_MAX_GEN_TOKS = 256
 # By token id, or by position: log-probability, and whether it is the likeliest token there.
 _Scores = dict[int, tuple[float, bool]]
@@ -90,6 +93,7 @@ class VllmLM(TemplateLM):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._llm = llm
+        self._generate: Generate = partial(llm.generate, use_tqdm=False)
         self._why_not = why_not
         self.tokenizer = tokenizer
         engine = llm.llm_engine
@@ -177,19 +181,18 @@ class VllmLM(TemplateLM):  # type: ignore[misc]
         self.n_requests += len(prompts)
         inputs = [{"prompt_token_ids": list(tokens)} for tokens in prompts]
         try:
-            outputs = self._llm.generate(inputs, list(params), use_tqdm=False)
+            outputs = self._generate(inputs, list(params))
         except Exception as error:
-            self._forget_requests()
+            forget_requests(self._llm)
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise TrialEngineError(f"vLLM cannot answer ({reason[0]:.300})") from error
         return list(outputs)
 
-    def _forget_requests(self) -> None:
-        """Drop requests that a failure left behind: their answers would be the next candidate's."""
-        engine = self._llm.llm_engine
-        unfinished = list(engine.output_processor.request_states)
-        if unfinished:
-            engine.abort_request(unfinished, internal=True)
+    def through(self, generate: Generate) -> VllmLM:
+        """Return this view with another way to the engine; what was tokenised is shared."""
+        other = copy.copy(self)
+        other._generate = generate
+        return other
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Tokens], disable_tqdm: bool = True, **kwargs: Any
@@ -406,6 +409,14 @@ class VllmLM(TemplateLM):  # type: ignore[misc]
                 f"them or use --backend hf"
             ) from error
         return prompt, asked, until
+
+
+def forget_requests(llm: vllm.LLM) -> None:
+    """Drop requests that a failure left behind: their answers would be the next candidate's."""
+    engine = llm.llm_engine
+    unfinished = list(engine.output_processor.request_states)
+    if unfinished:
+        engine.abort_request(unfinished, internal=True)
 
 
 def _scoring(ids: list[int], n_scored: int = 0, skips_cache: bool = False) -> Any:

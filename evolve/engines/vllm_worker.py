@@ -130,6 +130,11 @@ class MergeWorker:
             model = self.model_runner.get_model()
             return differences(model, self.vllm_config.model_config, as_spelled(model, source))
 
+    def evolve_unplaced(self, number: int) -> list[str]:
+        """Name the modules of an adapter that vLLM has loaded and does not apply to any layer."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        return sorted(set(manager.get_adapter(number).loras) - set(manager.modules))
+
     def evolve_checksum(self) -> dict[str, int]:
         """Digest of every parameter as this rank computes with it, by vLLM's own names."""
         from evolve.engines.vllm_check import live_values
@@ -165,7 +170,8 @@ class MergeWorker:
         )
 
         model = self.model_runner.get_model()
-        names = {name for name, _ in model.named_parameters()}
+        # A layer with room for adapters holds the one that it was as `base_layer`.
+        names = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
         with self._configured(), one_thread():
             _pack_experts_again(model)
             initialize_layerwise_reload(model)

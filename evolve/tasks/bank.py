@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,13 @@ class RequestBank:
     def ask(self, lm: LM) -> None:
         """Have another LM of the same tokenizer answer from now on; the requests stay."""
         self.lm = self._references.lm = lm
+
+    def asking(self, lm: LM) -> RequestBank:
+        """Return this bank with another LM of the same tokenizer, for two that answer by turns."""
+        other = copy.copy(self)
+        other.lm = lm
+        other._references = replace(self._references, lm=lm)
+        return other
 
     # ---- references -----------------------------------------------------------------------------
 

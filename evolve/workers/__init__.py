@@ -1,6 +1,7 @@
-"""Workers: who evaluates candidates. `local` is this process, `ray` are actors in others.
+"""Workers: who evaluates candidates. `local` is this process, `ray` are actors in others, `population`
+is this process with an engine that scores several candidates at once.
 
-Both offer the same pool interface: submit jobs, wait for results. A worker that is lost is replaced
+All offer the same pool interface: submit jobs, wait for results. A worker that is lost is replaced
 and its job tried again (`tries`); `start` chooses the pool.
 """
 
@@ -38,6 +39,8 @@ class Pool(Protocol):
 
     size: int
     """How many jobs can be under way at once."""
+    by_generation: bool
+    """Whether `size` candidates are begun together, when all before them are told."""
 
     def submit(self, job: Job) -> None:
         """Start a job; at most `size` may be pending."""

@@ -27,6 +27,7 @@ class LocalPool:
     """
 
     size = 1
+    by_generation = False
 
     def __init__(self, worker: Evaluates, say: UnderWay = nobody_waits) -> None:
         self._worker = worker
@@ -50,17 +51,23 @@ class LocalPool:
             if not result.broke_worker or result.failure is None:
                 return tries.done(result)
             kind, text = result.failure
-            self._restart(tries, text)
+            self.replace_engine(result)
             if (failed := tries.lose(kind, text, is_repeatable=True)) is not None:
                 return failed
             self._say(f"{tries}: {text:.300}; the engine was started anew, it is tried again")
 
-    def _restart(self, tries: Tries, text: str) -> None:
+    def replace_engine(self, result: Result) -> None:
+        """Start the engine anew after a result that broke it.
+
+        Raises:
+            WorkersLostError: it does not start.
+        """
         try:
             self._worker.restart()
         except TrialError as error:
+            _, text = result.failure or ("", "")
             raise WorkersLostError(
-                f"{tries}: {text:.300}; the engine cannot be started again in this process "
+                f"{Tries(result.job)}: {text:.300}; the engine cannot be started again in this process "
                 f"({error!s:.200}); run the same command again, it goes on where it was"
             ) from error
 

@@ -83,6 +83,10 @@ class RayPool:
         TrialWorkerError: Ray cannot be started or reached.
     """
 
+    by_generation = False
+
+    by_generation = False
+
     def __init__(
         self,
         start: Callable[[], Evaluates],

@@ -36,6 +36,8 @@ def start_pool(
 ) -> Pool:
     """Start the workers: this process for one, Ray actors for more; see `needs_actors`.
 
+    Candidates that are served as adapters, several at once, are this process's too.
+
     Args:
         say: told what is lost, replaced and tried again.
         is_apart: whether even one worker has to be in a process of its own.
@@ -45,6 +47,16 @@ def start_pool(
     """
     n_here = 1 if workers.ray_address else workers.count
     refuse_too_large(plan.largest, plan.sources, plan.setup.engine.device, n_here)
+    if (size := plan.search_file.search.n_adapters) and not is_apart:
+        if needs_actors(plan, workers):
+            raise SearchFileError(
+                f"search.adapters_at_once is {size}, which one engine in this process serves; leave out "
+                f"--workers and --ray-address, or write none"
+            )
+        from evolve.workers.population import PopulationPool, PopulationWorker
+
+        known = plan.setup, plan.tasks, plan.sources, plan.report_only
+        return PopulationPool(PopulationWorker(size, plan.space.examples(), *known), say)
     if not needs_actors(plan, workers, is_apart):
         return LocalPool(Worker(plan.setup, plan.tasks, plan.sources, plan.report_only), say)
     import torch

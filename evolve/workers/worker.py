@@ -85,6 +85,7 @@ class Result:
 
     Attributes:
         failure: (kind, text) of a TrialError.
+        as_adapter: whether an adapter over the base was scored in place of the merged weights.
         broke_worker: whether the worker that failed must not be used again.
         n_tries: how often a pool began the job.
     """
@@ -95,6 +96,13 @@ class Result:
     failure: tuple[str, str] | None = None
     broke_worker: bool = False
     n_tries: int = 1
+    as_adapter: bool = False
+
+    def fail(self, error: TrialError) -> None:
+        """Keep what went wrong in place of the outcomes."""
+        self.outcomes = {}
+        self.failure = (error.kind, str(error))
+        self.broke_worker = breaks_worker(error)
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,8 @@ class Worker:
         TrialWorkerError: a model is not on this host.
     """
 
+    engine: Engine
+
     def __init__(
         self,
         setup: WorkerSetup,
@@ -161,12 +171,17 @@ class Worker:
         )
         # A tokenizer that was made for the search lies in a folder of the process that made it.
         self._first = setup.engine if setup.start is None else self._settings(setup.start)
-        self.engine: Engine = start_engine(setup.backend, self._first)
-        self._shape: str | None = shape(self._first)
+        self._shape: str | None = None
+        self._start()
         self._held: Recipe | None = None
         self._reported = reported
         self._banks: dict[tuple[Path, bool, bool], RequestBank] = {}
         self._bank(self._folder(setup.prompting, setup.start), setup.prompting, "search")
+
+    def _start(self) -> None:
+        """Start the engine that the first candidates need."""
+        self.engine = start_engine(self.setup.backend, self._first)
+        self._shape = shape(self._first)
 
     def _tasks_of(self, split: Split) -> TaskSet:
         if split != "report":
@@ -253,7 +268,8 @@ class Worker:
         with contextlib.suppress(Exception):  # a broken engine may not even close
             self._stop()
         self._shape, self._held = None, None
-        self._fit(self._first)
+        with boundary(TrialEngineError, "starting the engine anew"):
+            self._start()
 
     def evaluate(self, job: Job) -> Result:
         """Merge, load and score; a failure is part of the result, never raised."""
@@ -262,9 +278,7 @@ class Worker:
             with boundary(TrialWorkerError, "evaluating the candidate"):
                 self._evaluate(job, result)
         except TrialError as error:
-            result.outcomes = {}
-            result.failure = (error.kind, str(error))
-            result.broke_worker = breaks_worker(error)
+            result.fail(error)
         return result
 
     def _evaluate(self, job: Job, result: Result) -> None:
@@ -295,6 +309,15 @@ class Worker:
                 )
                 result.outcomes.setdefault(prompting, {})[split] = outcomes
         seconds.score = time.perf_counter() - began
+        self._check_scores(result)
+
+    def _check_scores(self, result: Result) -> None:
+        """Have the scores computed, so that what cannot be fails here.
+
+        Raises:
+            TrialTaskError: a score is not finite, or its function fails.
+        """
+        job = result.job
         for by_split in result.outcomes.values():
             for split, outcomes in by_split.items():
                 for task in self._tasks_of(split).following(job.signal).tasks:

@@ -179,7 +179,7 @@ class Wrapped:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self.size = pool.size
+        self.size, self.by_generation = pool.size, pool.by_generation
 
     def submit(self, job: Job) -> None:
         self._pool.submit(job)

@@ -72,6 +72,7 @@ class Instant:
     """A pool that answers at once, and notes when it was given a job and asked for a result."""
 
     size = 1
+    by_generation = False
 
     def __init__(self, study: Study, plan: Plan) -> None:
         self._study, self._plan = study, plan
