@@ -128,6 +128,7 @@ def main() -> None:
             jobs = generation(plan, n, 2, signal)
             seconds, kept[signal, way] = timed(pool, jobs)
             found.setdefault(signal, {})[way] = seconds / n
+            print(f"{signal}, {way}: {seconds / n:.2f} s a candidate", file=sys.stderr, flush=True)
             if way == "one by one":
                 _, kept[signal, "again"] = timed(pool, [replace(job, in_reverse=True) for job in jobs])
         pool.close()
