@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from evolve.study import Study
     from evolve.verdict import Verdict
 
-# What is said of a trial that was scored so, and not confirmed as a merge.
-_AS_ADAPTER = "the search scores are those of the merge as an adapter of its base, unrounded"
-
 
 def keep_current(
     study: Study, plan: Plan, verdict: Verdict | None = None, has_new_scores: bool = False
@@ -60,7 +57,7 @@ def write_best(study: Study, plan: Plan, best: FrozenTrial, verdict: Verdict | N
 
 def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None) -> str:
     recipe = plan.space.recipe(trial.params)
-    head: Iterable[str] = head_lines(
+    head = head_lines(
         recipe,
         study.name,
         trial.number,
@@ -71,10 +68,8 @@ def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None)
         study.violations(trial),
         study.note("notices") or plan.notices(),
         plan.metrics(),
+        study.is_scored_as_adapter(trial),
     )
-    is_confirmed = trial.number in study.finalists()
-    if trial.user_attrs.get("scored_as") == "adapter" and not is_confirmed:
-        head = [*head, _AS_ADAPTER]
     return export_yaml(recipe, head)
 
 

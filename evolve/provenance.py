@@ -38,6 +38,7 @@ def head_lines(
     violations: Mapping[str, float] | None = None,
     notices: Sequence[str] = (),
     metrics: Mapping[str, str] | None = None,
+    is_scored_as_adapter: bool = False,
 ) -> Iterator[str]:
     """Write what is known of a trial's recipe, a line each.
 
@@ -48,11 +49,14 @@ def head_lines(
         violations: by constraint how far the search scores violate it; at most 0 where they do not.
         notices: what readers of the model's card must know too.
         metrics: per task what its score is.
+        is_scored_as_adapter: whether the search scores are an adapter's and not the merged weights'.
     """
     yield f"study {study}, trial {trial}, seed {seed}"
     yield from (NOTICE + notice for notice in notices)
     for task, score in scores.items():
         yield f"search  {task}: {score:.4f}"
+    if is_scored_as_adapter:
+        yield "the search scores are those of the merge as an adapter of its base, unrounded"
     for constraint, violation in (violations or {}).items():
         met = "met" if violation <= 0 else f"NOT met, by {violation:.4f}"
         yield f"constraint {constraint}: {met}"

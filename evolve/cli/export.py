@@ -44,6 +44,7 @@ def export(
             study.violations(member),
             study.note("notices") or (),
             study.note("metrics"),
+            study.is_scored_as_adapter(member),
         )
         texts[f"trial-{member.number}.yml"] = export_yaml(recipe, head)
     whole = "---\n".join(texts.values())

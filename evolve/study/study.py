@@ -265,6 +265,10 @@ class Study(Record):
         is_current = finals and finals["finished"] == self.n_finished
         return list(self.finalists().values()) if is_current else []
 
+    def is_scored_as_adapter(self, trial: FrozenTrial) -> bool:
+        """Tell whether a trial's scores are an adapter's: it was served so, and no finalist."""
+        return trial.user_attrs.get("scored_as") == "adapter" and trial.number not in self.finalists()
+
     def scores(self, trial: FrozenTrial) -> dict[str, float]:
         """A completed trial's scores on the search documents by the tasks' metrics, where known.
 

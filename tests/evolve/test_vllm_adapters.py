@@ -206,6 +206,9 @@ def test_a_search_scores_adapters_and_decides_on_merges(
         as_adapter = found.study.outcomes.load(f"trial-{trial.number}")["search"]
         assert by_merge == as_adapter
     assert found.verdict is not None
+    finalists = found.study.finalists()
+    assert all(found.study.is_scored_as_adapter(t) != (t.number in finalists) for t in others)
+    assert "as an adapter" not in (tmp_path / "s/best.yml").read_text()
 
 
 def test_a_search_that_was_interrupted_proposes_the_same(
