@@ -134,8 +134,8 @@ def test_the_amounts_of_a_raced_search() -> None:
         search={"n_iterations": 48, "racing": "always"}, scoring={"limit": 100}
     )
     found = amounts(make_plan(file), 1)
-    # Blocks of 3 * 6 of 300 documents; rounds of 48/6 and 48/12 candidates, 45 and 105 documents.
-    assert found.rounds == ((8, pytest.approx(45 * 0.94)), (4, pytest.approx(60 * 0.94)))
+    # Blocks of 3 * 6 of 300 documents; rounds of 48/4 and 48/12 candidates, 36 and 90 documents.
+    assert found.rounds == ((12, pytest.approx(36 * 0.94)), (4, pytest.approx(54 * 0.94)))
     assert (found.n_finalists, found.search, found.holdout) == (3, 300, 600)
     assert found.baselines == (1,) * 6
     assert (found.n_shortlisted, found.n_repetitions) == (3, 2)
