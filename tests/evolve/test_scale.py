@@ -6,7 +6,7 @@ import pytest
 
 from ..benchmarks.scale import MODES, Simulation, simulate
 
-WORKERS, CANDIDATES = 8, 64
+WORKERS, CANDIDATES = 8, 48
 
 
 @pytest.mark.slow
