@@ -70,7 +70,7 @@ def resolve_adapters(
 ) -> int | str:
     """Choose for `auto`: several candidates at once on a GPU, where vLLM can serve all as adapters.
 
-    On a CPU each is merged: serving them together was not faster there (README).
+    On a CPU each is merged: with many documents serving them together was slower there (README).
 
     Args:
         search_file: with the backend resolved.
