@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoint.read import Checkpoint, TensorInfo
+from merge_core.leniency import Leniency
 from merge_core.merge import Merger, pays_to_compile
 from merge_core.plan import Sources, donor, files_folder, merged_config, plan_merge
 from merge_core.recipe import Recipe
@@ -30,7 +31,7 @@ class MergedCheckpoint(Checkpoint):
         recipe: makes it.
         sources: its models.
         text: tells it from other results of that name.
-        plan_options: of `plan_merge`.
+        leniency: of its plan.
 
     Raises:
         CheckpointError, RecipeError: as of `plan_merge`.
@@ -39,10 +40,10 @@ class MergedCheckpoint(Checkpoint):
     is_mapped = False
 
     def __init__(
-        self, name: str, recipe: Recipe, sources: Sources, text: str, **plan_options: Any
+        self, name: str, recipe: Recipe, sources: Sources, text: str, leniency: Leniency
     ) -> None:
         self.reference = name
-        self.plan = plan_merge(recipe, sources, **plan_options)
+        self.plan = plan_merge(recipe, sources, **leniency._asdict())
         self.is_state_dict = sources.architecture(donor(recipe)).checkpoint.is_state_dict
         self.folder = files_folder(recipe, sources)
         self.tensors = {p.name: TensorInfo("", p.dtype, p.shape) for p in self.plan}

@@ -290,16 +290,16 @@ def save_merged(
     stream = _stream(recipe, seen, list(plan), torch.device(device))
     with complete_folder(Path(folder), overwrite) as part:
         write_shards(layout, _told(stream, on_tensor), part, shard_bytes)
-        config = merged_config(recipe, sources)
+        config = merged_config(recipe, seen)
         if config:
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (part / "mergekit_config.yml").write_text(text, encoding="utf-8")
         if with_card and config:
-            card = model_card(recipe, sources, plan, Path(folder).resolve().name, text, evaluation)
+            card = model_card(recipe, seen, plan, Path(folder).resolve().name, text, evaluation)
             (part / "README.md").write_text(card, encoding="utf-8")
         if with_tokenizer and config:
-            own = sources.architecture(origin(recipe)).checkpoint.folder
-            copy_tokenizer(files_folder(recipe, sources), part, own)
+            own = seen.architecture(origin(recipe)).checkpoint.folder
+            copy_tokenizer(files_folder(recipe, seen), part, own)
 
 
 def _told(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 from merge_core.architecture import text_config, with_layers, with_text_config
 from merge_core.checkpoint.safetensors_file import ITEM_BYTES
 from merge_core.errors import CheckpointError, RecipeError
+from merge_core.leniency import Leniency, Tensors
 from merge_core.methods import METHODS, Parameter
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.parameters import is_total, value_at
@@ -28,7 +29,7 @@ from merge_core.tokenizer.merged import (
     tokenizer_folder,
 )
 from merge_core.tokenizer.vocabulary import Vocabulary
-from merge_core.wiring import Leniency, Tensors, Wire, Wiring, layers_of, vocabulary_rows, wire
+from merge_core.wiring import Wire, Wiring, layers_of, vocabulary_rows, wire
 
 if TYPE_CHECKING:
     import torch
@@ -209,12 +210,8 @@ def plan_merge(
         CheckpointError: with the first differing tensors and shapes.
         RecipeError: a required parameter has no value for some tensor, whose name no filter matches.
     """
-    options: dict[str, Any] = {
-        "allow_crimes": allow_crimes,
-        "unsafe_truncate_embeddings": unsafe_truncate_embeddings,
-        "tensors": tensors,
-    }
-    sources = sources.within(recipe, **options)
+    leniency = Leniency(allow_crimes, unsafe_truncate_embeddings, tensors)
+    sources = sources.within(recipe, **leniency._asdict())
     faults = sources.open_all(recipe.references())
     if faults:
         raise CheckpointError(faults)
@@ -223,7 +220,6 @@ def plan_merge(
 
         return plan_mixture(recipe, sources)
     parts = recipe.parts()
-    leniency = Leniency(**options)
     vocabulary = merged_vocabulary(recipe, donor(recipe), sources)
     wiring = _wiring(parts, donor(recipe), sources, leniency, vocabulary)
     own = [[source.levels for source in part.sources] for part in parts]

@@ -13,6 +13,7 @@ from merge_core.checkpoint.locate import split_adapter
 from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError, RecipeError
 from merge_core.experts import Spelling
+from merge_core.leniency import Leniency
 from merge_core.tokenizer.loaded import Tokenizers
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Sources:
         self._architectures: dict[str, Architecture] = {}
         self._structures: dict[Hashable, Any] = {}
         self._recipes: Mapping[str, Recipe] = {}
-        self._plan_options: Mapping[str, Any] = {}
+        self._leniency = Leniency()
         self._results: dict[str, tuple[str, Architecture]] = {}
         self._apart: Mapping[str, Spelling] = {}
         self._taken_apart: dict[tuple[str, Spelling], Architecture] = {}
@@ -59,7 +60,8 @@ class Sources:
 
         Args:
             recipe: gives the results their names.
-            plan_options: of `plan_merge`, for the recipes of those results.
+            plan_options: of `plan_merge`, for the recipes of those results; without any they stay
+                what they are.
         """
         apart = self._to_be_taken_apart(recipe)
         if not recipe.intermediate and not apart:
@@ -67,7 +69,8 @@ class Sources:
         view = copy.copy(self)
         view._apart = {**self._apart, **apart}
         if recipe.intermediate:
-            view._recipes, view._plan_options = recipe.intermediate, plan_options
+            view._recipes = recipe.intermediate
+            view._leniency = Leniency(**plan_options) if plan_options else self._leniency
         return view
 
     def _to_be_taken_apart(self, recipe: Recipe) -> dict[str, Spelling]:
@@ -124,7 +127,7 @@ class Sources:
                 self.residence.forget(architecture.checkpoint)
                 self.statistics.forget(architecture.checkpoint.identity)
             try:
-                checkpoint = MergedCheckpoint(name, self._recipes[name], self, text, **self._plan_options)
+                checkpoint = MergedCheckpoint(name, self._recipes[name], self, text, self._leniency)
             except (CheckpointError, RecipeError) as error:
                 raise type(error)([f"intermediate.{name}: {fault}" for fault in error.faults]) from None
             architecture = Architecture(checkpoint)
@@ -135,7 +138,7 @@ class Sources:
         """Return the text of a result's recipe and of all that it uses, which tells it from others."""
         recipe = self._recipes[name]
         used = [self._text_of(other) for other in recipe.inputs() if other in self._recipes]
-        return "---\n".join([*used, recipe.to_yaml(), repr(self._plan_options)])
+        return "---\n".join([*used, recipe.to_yaml(), repr(self._leniency)])
 
     def plans(self, references: Collection[str]) -> dict[str, MergePlan]:
         """Return the plans of those that are intermediate results, by name."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from merge_core.architecture import Architecture
 from merge_core.checkpoint.read import TensorInfo
 from merge_core.errors import CheckpointError
+from merge_core.leniency import Leniency
 from merge_core.methods import METHODS
 from merge_core.parts import Part, PartSource
 from merge_core.sources import Sources
@@ -20,25 +21,6 @@ from merge_core.tokenizer.vocabulary import Vocabulary
 
 # How many differing tensors a message names; the rest is counted.
 _SHOWN = 5
-
-
-Tensors = Literal["same", "intersection", "union"]
-
-
-class Leniency(NamedTuple):
-    """What is let pass that is refused otherwise.
-
-    Attributes:
-        tensors: of files of weights: "same", all must have the same tensors; "intersection", those
-            that all have; "union", those of any, each merged from the models that have it.
-        allow_crimes: models of different families, and tensors that only some models have: the
-            donor's tensors come out, each merged from the models that have it.
-        unsafe_truncate_embeddings: vocabularies of different sizes: their common leading rows.
-    """
-
-    allow_crimes: bool = False
-    unsafe_truncate_embeddings: bool = False
-    tensors: Tensors = "same"
 
 
 class Wire(NamedTuple):

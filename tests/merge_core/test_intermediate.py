@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,48 @@ def test_a_result_is_never_written_nor_opened_twice(file: Path) -> None:
     inner = recipe.as_config()
     inner["intermediate"]["half"]["dtype"] = "float32"
     assert sources.within(Recipe.parse(inner)).architecture("whole").checkpoint is not before
+
+
+def test_a_result_that_stays_the_same_is_merged_once_for_all_candidates(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, sources, merged = Recipe.load(file).as_config(), Sources(keep=True), []
+    read = MergedCheckpoint.read
+
+    def counted(self: MergedCheckpoint, name: str) -> torch.Tensor:
+        merged.append((self.reference, name))
+        return read(self, name)
+
+    monkeypatch.setattr(MergedCheckpoint, "read", counted)
+    for weight in (0.3, 0.6, 0.9):
+        config["models"][0]["parameters"]["weight"] = weight
+        recipe = Recipe.parse(config)
+        merged_config(recipe, sources)
+        list(merged_tensors(recipe, sources))
+    assert {name for name, _ in merged} == {"half", "whole"}
+    assert len(set(merged)) == len(merged)
+
+
+def test_what_is_let_pass_is_let_pass_in_results_too(llamas: Any, tmp_path: Path) -> None:
+    shutil.copytree(llamas.x, tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    both = [{"model": model, "parameters": {"weight": 1.0}} for model in (llamas.y, f"{tmp_path}/other")]
+    recipe = Recipe.parse(
+        {
+            "merge_method": "passthrough",
+            "models": [{"model": "mixed"}],
+            "intermediate": {"mixed": {"merge_method": "linear", "models": both}},
+        }
+    )
+    with pytest.raises(CheckpointError, match="insist with allow_crimes"):
+        save_merged(recipe, tmp_path / "out")
+    save_merged(recipe, tmp_path / "out", allow_crimes=True)
+    assert (
+        load_file(tmp_path / "out/model.safetensors").keys()
+        == dict(merged_tensors(recipe, allow_crimes=True)).keys()
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
