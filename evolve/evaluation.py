@@ -18,7 +18,15 @@ from evolve.tasks import SPLITS, Outcomes, TaskSet, reference_faults
 from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Job, Prompting, Worker, WorkerSetup
 from merge_core.errors import CheckpointError, RecipeError, nearest
-from merge_core.plan import Sources, files_folder, merged_config, model_alone, origin, plan_merge
+from merge_core.plan import (
+    Sources,
+    files_folder,
+    has_own_tokenizer,
+    merged_config,
+    model_alone,
+    origin,
+    plan_merge,
+)
 from merge_core.recipe import Recipe, load_yaml
 
 
@@ -100,7 +108,7 @@ def evaluate_models(
 
     setups = {}
     for name, recipe in recipes.items():
-        reference = origin(recipe)
+        reference, has_own = origin(recipe), has_own_tokenizer(recipe, sources)
         setups[name] = WorkerSetup(
             backend=backend,
             engine=EngineSettings(
@@ -113,10 +121,8 @@ def evaluate_models(
             tasks=tuple(specs),
             scoring=scoring,
             seed=seed,
-            prompting=Prompting(
-                None if recipe.has_own_tokenizer else reference, scoring.apply_chat_template
-            ),
-            start=recipe if recipe.has_own_tokenizer else None,
+            prompting=Prompting(None if has_own else reference, scoring.apply_chat_template),
+            start=recipe if has_own else None,
             allow_unsafe_code=options.allow_unsafe_code,
         )
     outcomes = dict(_outcomes(recipes, setups, tasks, sources, options, under_way))

@@ -93,11 +93,19 @@ def export_yaml(recipe: Recipe, head: Iterable[str]) -> str:
 
 def mergekit_notes(recipe: Recipe) -> list[str]:
     """Say where mergekit would make another model of this recipe, or none."""
-    if isinstance(recipe, MoeRecipe):
-        return recipe.mergekit_notes()
     notes = []
     if recipe.intermediate:
         notes.append("mergekit reads several documents with `mergekit-multi`")
+    for document in (*recipe.results().values(), recipe):
+        notes += _notes_on_one(document)
+    return list(dict.fromkeys(notes))
+
+
+def _notes_on_one(recipe: Recipe) -> list[str]:
+    """Say it of one document."""
+    if isinstance(recipe, MoeRecipe):
+        return recipe.mergekit_notes()
+    notes = []
     parts = [(part, METHODS[part.method]) for part in recipe.parts() if part.method]
     for name in dict.fromkeys(method.name for _, method in parts if method.is_random):
         notes.append(

@@ -59,7 +59,13 @@ class _Holds(Protocol):
     def memory_gb(self) -> dict[str, float]: ...
 
 
-def measure(engine: _Holds, sources: Sources, references: Iterable[str], dtype: str | None) -> Memory:
+def measure(
+    engine: _Holds,
+    sources: Sources,
+    references: Iterable[str],
+    dtype: str | None,
+    adapters: Iterable[str] = (),
+) -> Memory:
     """Measure a worker that is ready for its first candidate.
 
     Args:
@@ -67,10 +73,12 @@ def measure(engine: _Holds, sources: Sources, references: Iterable[str], dtype: 
         sources: gives the checkpoints.
         references: the models that candidates may use.
         dtype: the recipe's, which sources are cast to; None = as they are.
+        adapters: what candidates may put on intermediate results.
     """
     mapped = kept = 0
     # Models with adapters share their base; factors are small and not kept.
     opened = [sources.architecture(reference).checkpoint for reference in dict.fromkeys(references)]
+    opened += [sources.adapter(reference) for reference in adapters]
     stores = {store.reference: store for checkpoint in opened for store in checkpoint.stores()}
     for store in stores.values():
         for info in store.tensors.values():

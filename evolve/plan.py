@@ -23,8 +23,16 @@ from evolve.under_way import UnderWay, data_sets_counted, nobody_waits
 from evolve.workers.worker import Prompting, WorkerSetup
 from merge_core.checkpoint.write import has_tokenizer, tokenizer_digest
 from merge_core.errors import CheckpointError, MergeError
-from merge_core.plan import Sources, files_folder, merged_config, origin, plan_merge
+from merge_core.plan import (
+    Sources,
+    files_folder,
+    has_own_tokenizer,
+    merged_config,
+    origin,
+    plan_merge,
+)
 from merge_core.recipe import Recipe
+from merge_core.reference import result_in
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ class Plan:
             "checkpoints": {
                 reference: self.sources.architecture(reference).checkpoint.fingerprint()
                 for reference in (*self.references(), *(r for s in self._sets() for r in s.references()))
-            },
+            }
+            | {f"+{name}": self.sources.adapter(name).fingerprint() for name in self.space.adapters()},
             **({"report_only": settings["report_only"]} if self.report_only else {}),
             # Where merged tokenizers are made of the models', these are part of the scores.
             **({"tokenizers": self._tokenizers()} if self.setup.prompting.tokenizer is None else {}),
@@ -83,11 +92,12 @@ class Plan:
         }
 
     def _tokenizers(self) -> dict[str, str]:
-        """Hash the tokenizer files of each model."""
+        """Hash the tokenizer files of each model, and of each adapter that is put on a result."""
         folders = {
-            reference: self.sources.architecture(reference).checkpoint.folder
+            reference: self.sources.architecture(reference).checkpoint.tokenizer_folder
             for reference in self.references()
         }
+        folders |= {f"+{name}": self.sources.adapter(name).folder for name in self.space.adapters()}
         return {reference: tokenizer_digest(folder) for reference, folder in folders.items()}
 
     @property
@@ -249,7 +259,7 @@ def make_plan(
         )
     if not tasks.has_holdout:
         search_file = search_file.changed(scoring={"holdout": 0.0})
-    own_tokenizers = any(recipe.has_own_tokenizer for recipe in space.examples())
+    own_tokenizers = any(has_own_tokenizer(recipe, sources) for recipe in space.examples())
     setup = WorkerSetup(
         backend=backend,
         engine=EngineSettings(
@@ -270,6 +280,7 @@ def make_plan(
         report_only=tuple(search_file.report_only),
         start=start if own_tokenizers else None,
         references=tuple(space.references()),
+        adapters=tuple(space.adapters()),
     )
     known = known_recipes(space, own, lambda model: sources.architecture(model).n_layers)
     return Plan(search_file, space, tasks, sources, start, setup, why, known, tuple(notes), *reported)
@@ -277,7 +288,8 @@ def make_plan(
 
 def _base_on_disk(recipe: Recipe) -> str | None:
     """Name the base that is also a baseline: one that no recipe has to make first."""
-    return None if recipe.base_model in recipe.intermediate else recipe.base_model
+    base = recipe.base_model
+    return None if base is None or result_in(base, recipe.intermediate) else base
 
 
 def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way: UnderWay) -> list[str]:
@@ -311,7 +323,7 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
         f"{origin(start)!r}, and requests are built once; fix base_model, or use models with one "
         f"tokenizer"
         for other in donors
-        if not any(recipe.has_own_tokenizer for recipe in examples)
+        if not any(has_own_tokenizer(recipe, sources) for recipe in examples)
         and not same_prompts(Prompting(origin(start), False), Prompting(other, False))
     ]
     kind = config.get("model_type")

@@ -162,6 +162,11 @@ class AdaptedCheckpoint(Checkpoint):
         if faults:
             raise CheckpointError(first_faults(f"model {reference!r}", faults))
 
+    @property
+    def identity(self) -> str:
+        """The base's with the adapter, which tell its tensors from another's."""
+        return f"{self.base.identity}+{self.adapter.identity}"
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The base's config.json, with a resized vocabulary or an untied head as the adapter has it."""

@@ -19,6 +19,7 @@ from merge_core.methods import METHODS
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import MergePlan, Sources, origin
 from merge_core.recipe import Recipe
+from merge_core.reference import result_in
 
 # Begins a line at a recipe's head, a comment there, that the card shows to its readers.
 NOTICE = "notice: "
@@ -117,7 +118,8 @@ def model_card(
     """
     references = recipe.references()
     stated = {reference: _license(reference, sources) for reference in references}
-    ids = dict.fromkeys(name for reference in references for name in hub_ids(reference))
+    named = (*references, *recipe.adapters())
+    ids = dict.fromkeys(name for reference in named for name in hub_ids(reference))
     front = {
         **({"base_model": list(ids)} if ids else {}),
         "library_name": "transformers",
@@ -131,7 +133,7 @@ def model_card(
         f"A merge of {len(references)} pre-trained language models, made with evolve.",
         *(f"> {notice}" for notice in head_notices(recipe_text)),
         f"## Method\n\n{_method(recipe, plan)}",
-        "## Models\n\n" + "\n".join(f"* {_linked(reference)}" for reference in references),
+        "## Models\n\n" + "\n".join(f"* {_linked(reference)}" for reference in named),
         *([f"## Evaluation\n\n{evaluation.section()}"] if evaluation else []),
         f"## Recipe\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}",
         "## Licence\n\n" + _license_text(stated),
@@ -171,7 +173,7 @@ def hub_ids(reference: str) -> list[str]:
 
 
 def _linked(reference: str, recipe: Recipe | None = None) -> str:
-    is_result = recipe is not None and reference in recipe.intermediate
+    is_result = recipe is not None and result_in(reference, recipe.intermediate) is not None
     ids = [] if is_result else hub_ids(reference)
     return f"[{reference}](https://huggingface.co/{ids[0]})" if ids else f"`{reference}`"
 

@@ -46,7 +46,7 @@ class Estimate:
     Attributes:
         architecture: class name of config.json, or "unknown".
         n_layers, n_tensors: of the merged model.
-        models: references as written, base first.
+        models: references as written, base first, then adapters that are put on results.
         read_bytes: of all tensors that go into it, each counted once.
         write_bytes: of the whole folder, but for a few kB of card and recipe.
         free_bytes: on the disk of OUT.
@@ -134,7 +134,7 @@ def estimate(
         architecture=str((merged_config(recipe, sources).get("architectures") or ["unknown"])[0]),
         n_layers=max((number for _, number in layers), default=-1) + 1,
         n_tensors=len(plan),
-        models=tuple(recipe.references()),
+        models=(*recipe.references(), *recipe.adapters()),
         read_bytes=_read_bytes(plan, sources),
         write_bytes=write_bytes,
         free_bytes=free_bytes,
@@ -222,6 +222,10 @@ class _Rows(Checkpoint):
             return info
         rows = math.ceil(self._n_entries / max(1, math.prod(info.shape[1:])))
         return replace(info, shape=(min(info.shape[0], rows), *info.shape[1:]))
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self._whole.tokenizer_folder
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._whole.read(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class MergedCheckpoint(Checkpoint):
         self.reference = name
         self.plan = plan_merge(recipe, sources, **leniency._asdict())
         self.is_state_dict = sources.architecture(donor(recipe)).checkpoint.is_state_dict
-        self.folder = files_folder(recipe, sources)
+        self.folder = sources.architecture(donor(recipe)).checkpoint.folder
+        self._tokenizer_folder = files_folder(recipe, sources)
         self.tensors = {p.name: TensorInfo("", p.dtype, p.shape) for p in self.plan}
         self._text = text
         self._planned = {planned.name: planned for planned in self.plan}
@@ -62,6 +64,11 @@ class MergedCheckpoint(Checkpoint):
     def config(self) -> dict[str, Any]:
         """The config.json that it would have."""
         return self._made_config
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is that it would have."""
+        return self._tokenizer_folder
 
     def read(self, name: str) -> Tensor:
         """Merge one of its tensors; never write into it."""

@@ -21,6 +21,7 @@ from merge_core.moe.recipe import MoeRecipe
 from merge_core.parameters import is_total, value_at
 from merge_core.parts import Levels, Part
 from merge_core.recipe import Recipe
+from merge_core.reference import result_in
 from merge_core.sources import Sources
 from merge_core.tokenizer.merged import (
     changed_tokens,
@@ -42,6 +43,7 @@ __all__ = [
     "Sources",
     "donor",
     "files_folder",
+    "has_own_tokenizer",
     "merged_config",
     "model_alone",
     "origin",
@@ -150,11 +152,11 @@ class MergePlan(Sequence[Planned]):
         return list(dict.fromkeys([*(planned.method for planned in self.tensors), *inner]))
 
     def read(self) -> set[tuple[str, str]]:
-        """List the tensors on disk that are read: model and name."""
+        """List the models' tensors on disk that are read: model and name."""
         found: set[tuple[str, str]] = set()
         for planned in self.tensors:
             for entry in planned.all_inputs:
-                if entry.model not in self.results:
+                if result_in(entry.model, self.results) is None:
                     found.add((entry.model, entry.name))
         return found.union(*(plan.read() for plan in self.results.values()))
 
@@ -180,6 +182,15 @@ def donor(recipe: Recipe) -> str:
 def origin(recipe: Recipe) -> str:
     """Name the model on disk that tokenizer and other files come from: the donor, or the donor's."""
     return recipe.references()[0]
+
+
+def has_own_tokenizer(recipe: Recipe, sources: Sources) -> bool:
+    """Tell whether the merge's tokenizer may be another than that of `origin`.
+
+    So it is where the recipe says more of it, or where an adapter that is put on a result brings one.
+    """
+    own = sources.architecture(origin(recipe)).checkpoint.tokenizer_folder
+    return recipe.has_own_tokenizer or files_folder(recipe, sources) != own
 
 
 def files_folder(recipe: Recipe, sources: Sources) -> Path:
@@ -212,7 +223,7 @@ def plan_merge(
     """
     leniency = Leniency(allow_crimes, unsafe_truncate_embeddings, tensors)
     sources = sources.within(recipe, **leniency._asdict())
-    faults = sources.open_all(recipe.references())
+    faults = sources.open_all(recipe.references(), recipe.adapters())
     if faults:
         raise CheckpointError(faults)
     if isinstance(recipe, MoeRecipe):

@@ -6,7 +6,7 @@ without opening a model is checked, and every fault found is reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from merge_core.parts import Part, parts_of
 from merge_core.recipe_check import Findings, check_recipe, intermediate_faults
 from merge_core.recipe_yaml import dump_yaml, load_yaml
 from merge_core.reference import Reference as Reference
-from merge_core.reference import reference_text
+from merge_core.reference import reference_text, result_in
 from merge_core.tokenizer.settings import TokenizerSettings, checked_template, known_keys
 
 __all__ = [
@@ -217,27 +217,48 @@ class Recipe(_Part):
             found += [source.model for source in part.sources]
         return list(dict.fromkeys(found))
 
+    def named(self) -> list[str]:
+        """List what the recipe itself merges, then what else its tokenizer is made of: each once."""
+        settings = self.vocabulary()
+        return list(dict.fromkeys([*self.inputs(), *(settings.references() if settings else ())]))
+
+    def uses(self, results: Container[str]) -> dict[str, list[str]]:
+        """Return the results that the recipe itself names, with the adapters that it puts on each."""
+        found: dict[str, list[str]] = {}
+        for reference in self.named():
+            if (result := result_in(reference, results)) is not None:
+                name, adapter = result
+                found.setdefault(name, []).extend([] if adapter is None else [adapter])
+        return found
+
     def references(self) -> list[str]:
         """List the models on disk that are read, each once, base first, then as written.
 
-        Those of an intermediate result stand in its place.
+        Those of an intermediate result stand in its place; see `adapters` for what is put on it.
         """
         return list(dict.fromkeys(self._models_of(self, ())))
 
     def _models_of(self, document: Recipe, within: tuple[str, ...]) -> Iterator[str]:
-        for name in document.inputs():
-            if name not in self.intermediate:
-                yield name
-            elif name not in within:
+        for reference in document.inputs():
+            result = result_in(reference, self.intermediate)
+            if result is None:
+                yield reference
+            elif (name := result[0]) not in within:
                 yield from self._models_of(self.intermediate[name], (*within, name))
+
+    def adapters(self) -> list[str]:
+        """List the adapters that are put on intermediate results, each once."""
+        documents = (self, *self.results().values())
+        put = (on for document in documents for on in document.uses(self.intermediate).values())
+        return list(dict.fromkeys(adapter for adapters in put for adapter in adapters))
 
     def results(self) -> dict[str, Recipe]:
         """Return the intermediate recipes that are used, each after those that it uses."""
         found: dict[str, Recipe] = {}
 
         def add(document: Recipe) -> None:
-            for name in document.inputs():
-                if name in self.intermediate and name not in found:
+            for name in document.uses(self.intermediate):
+                if name not in found:
                     add(self.intermediate[name])
                     found[name] = self.intermediate[name]
 
@@ -279,7 +300,8 @@ class Recipe(_Part):
         for name, document in self.intermediate.items():
             found.add(check_recipe(document, document.parts()), f"intermediate.{name}.")
         found.faults += intermediate_faults(self)
-        used = {name for document in (self, *self.intermediate.values()) for name in document.inputs()}
+        documents = (self, *self.intermediate.values())
+        used = {name for document in documents for name in document.uses(self.intermediate)}
         found.notes += [
             f"intermediate.{name} is used by no other recipe and is not merged; remove it, or name it "
             f"where a model may stand"

@@ -59,7 +59,7 @@ def intermediate_faults(recipe: Recipe) -> Iterator[str]:
         if document.intermediate:
             yield f"intermediate.{name}.intermediate is given; write all recipes beside each other"
     waiting = dict(recipe.intermediate)
-    while ready := [name for name, d in waiting.items() if not waiting.keys() & set(d.inputs())]:
+    while ready := [name for name, d in waiting.items() if not d.uses(waiting)]:
         for name in ready:
             del waiting[name]
     if waiting:
@@ -68,13 +68,9 @@ def intermediate_faults(recipe: Recipe) -> Iterator[str]:
             f"name a model on disk in one of them"
         )
     for document in (recipe, *recipe.intermediate.values()):
-        for reference in document.inputs():
-            name, _, adapter = reference.partition("+")
-            if adapter and name in recipe.intermediate:
-                yield (
-                    f"model {reference!r} puts an adapter on the result of another recipe; write that "
-                    f"result with `evolve merge --intermediate-dir DIR` and name its folder"
-                )
+        for name, adapters in document.uses(recipe.intermediate).items():
+            if "" in adapters:
+                yield f"model '{name}+' names no adapter; write it behind the '+', or leave that out"
 
 
 def _method_faults(recipe: Recipe, parts: Sequence[Part]) -> Iterator[str]:

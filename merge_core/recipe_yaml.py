@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from merge_core.errors import RecipeError, shown
+from merge_core.reference import result_in
 
 MAX_YAML_BYTES = 1 << 20
 # Values in a file once its aliases are written out, and levels of lists and mappings.
@@ -116,7 +117,8 @@ def joined(documents: Sequence[Any]) -> dict[str, Any]:
     if faults:
         raise RecipeError(faults)
     if not unnamed:
-        used = {text for name, d in named.items() for text in _texts(d) if text != name}
+        texts = {text for name, d in named.items() for text in _texts(d) if text != name}
+        used = {result[0] for text in texts if (result := result_in(text, named))}
         last = [name for name in named if name not in used]
         if len(last) != 1:
             which = " and ".join(last) if last else "none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -19,6 +19,19 @@ def reference_text(value: Any) -> Any:
             "a model is named by text, or by {model: {path: ..., revision: ...}, lora: ...}; name it so"
         )
     return "+".join(_spelled(value[key]) for key in ("model", "lora") if value.get(key) is not None)
+
+
+def result_in(reference: str, results: Container[str]) -> tuple[str, str | None] | None:
+    """Split `RESULT` or `RESULT+adapter`; the second part is None without an adapter.
+
+    Args:
+        results: names of other recipes' results.
+
+    Returns:
+        None where the reference names none of them.
+    """
+    name, plus, adapter = reference.partition("+")
+    return (name, adapter if plus else None) if name in results else None
 
 
 def _spelled(part: Any) -> str:

@@ -14,6 +14,7 @@ from merge_core.checkpoint.read import Checkpoint
 from merge_core.errors import CheckpointError, RecipeError
 from merge_core.experts import Spelling
 from merge_core.leniency import Leniency
+from merge_core.reference import result_in
 from merge_core.tokenizer.loaded import Tokenizers
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Sources:
         self._recipes: Mapping[str, Recipe] = {}
         self._leniency = Leniency()
         self._results: dict[str, tuple[str, Architecture]] = {}
+        self._adapters: dict[str, Adapter] = {}
+        # By the result's name and the adapter; those of each result's last state.
+        self._adapted_results: dict[str, dict[str, Architecture]] = {}
         self._apart: Mapping[str, Spelling] = {}
         self._taken_apart: dict[tuple[str, Spelling], Architecture] = {}
         self.statistics = StatisticsCache(host_share_bytes() // 4 if keep else 0)
@@ -91,15 +95,23 @@ class Sources:
         Raises:
             CheckpointError, HubUnreachableError: it cannot be opened.
         """
-        if reference in self._recipes:
-            return self._result(reference)
+        if (result := result_in(reference, self._recipes)) is not None:
+            name, adapter = result
+            return self._result(name) if adapter is None else self._adapted_result(name, adapter)
         if reference not in self._architectures:
             model, adapter = split_adapter(reference)
-            checkpoint = Checkpoint(reference) if adapter is None else self._adapted(model, adapter)
-            self._architectures[reference] = Architecture(checkpoint)
+            self._architectures[reference] = (
+                Architecture(Checkpoint(reference))
+                if adapter is None
+                else self._adapted(self.architecture(model), adapter)
+            )
         if reference in self._apart:
             return self._with_single_experts(reference, self._apart[reference])
         return self._architectures[reference]
+
+    def makes(self, reference: str) -> bool:
+        """Tell whether a model is put together here, by a recipe or an adapter, and lies in no folder."""
+        return bool(result_in(reference, self._recipes)) or split_adapter(reference)[1] is not None
 
     def _with_single_experts(self, reference: str, spelling: Spelling) -> Architecture:
         """Return a model with its experts one by one, the same one each time."""
@@ -109,11 +121,30 @@ class Sources:
             self._taken_apart[key] = Architecture(ApartCheckpoint(whole, spelling))
         return self._taken_apart[key]
 
-    def _adapted(self, model: str, adapter: str) -> Checkpoint:
-        """Open a model with an adapter; several adapters of one model share its files."""
+    def adapter(self, reference: str) -> Adapter:
+        """Open an adapter, or return it where it is open already.
+
+        Raises:
+            CheckpointError, HubUnreachableError: it cannot be opened.
+        """
+        if reference not in self._adapters:
+            self._adapters[reference] = Adapter(reference)
+        return self._adapters[reference]
+
+    def _adapted(self, base: Architecture, adapter: str) -> Architecture:
+        """Put an adapter on an open model; several adapters of one model share its files."""
         from merge_core.adapted import AdaptedCheckpoint
 
-        return AdaptedCheckpoint(f"{model}+{adapter}", self.architecture(model), Adapter(adapter))
+        reference = f"{base.checkpoint.reference}+{adapter}"
+        return Architecture(AdaptedCheckpoint(reference, base, self.adapter(adapter)))
+
+    def _adapted_result(self, name: str, adapter: str) -> Architecture:
+        """Return an intermediate result with an adapter; it is kept as long as the result is."""
+        base = self._result(name)
+        adapted = self._adapted_results.setdefault(name, {})
+        if adapter not in adapted:
+            adapted[adapter] = self._adapted(base, adapter)
+        return adapted[adapter]
 
     def _result(self, name: str) -> Architecture:
         """Return an intermediate result; of each name the last one is kept."""
@@ -124,8 +155,9 @@ class Sources:
         known, architecture = self._results.get(name, ("", None))
         if architecture is None or known != text:
             if architecture is not None:
-                self.residence.forget(architecture.checkpoint)
-                self.statistics.forget(architecture.checkpoint.identity)
+                for former in (architecture, *self._adapted_results.pop(name, {}).values()):
+                    self.residence.forget(former.checkpoint)
+                    self.statistics.forget(former.checkpoint.identity)
             try:
                 checkpoint = MergedCheckpoint(name, self._recipes[name], self, text, self._leniency)
             except (CheckpointError, RecipeError) as error:
@@ -137,16 +169,15 @@ class Sources:
     def _text_of(self, name: str) -> str:
         """Return the text of a result's recipe and of all that it uses, which tells it from others."""
         recipe = self._recipes[name]
-        used = [self._text_of(other) for other in recipe.inputs() if other in self._recipes]
+        used = [self._text_of(other) for other in recipe.uses(self._recipes)]
         return "---\n".join([*used, recipe.to_yaml(), repr(self._leniency)])
 
     def plans(self, references: Collection[str]) -> dict[str, MergePlan]:
-        """Return the plans of those that are intermediate results, by name."""
+        """Return the plans of the intermediate results among them, those with adapters too, by name."""
         from merge_core.intermediate import MergedCheckpoint
 
-        opened = {
-            name: self.architecture(name).checkpoint for name in references if name in self._recipes
-        }
+        results = [result for r in references if (result := result_in(r, self._recipes))]
+        opened = {name: self._result(name).checkpoint for name, _ in results}
         return {name: c.plan for name, c in opened.items() if isinstance(c, MergedCheckpoint)}
 
     def structures(self, references: Collection[str]) -> Hashable:
@@ -154,15 +185,16 @@ class Sources:
         return tuple(
             self.architecture(reference).checkpoint.structure
             for reference in references
-            if reference in self._recipes
+            if result_in(reference, self._recipes)
         )
 
-    def open_all(self, references: Collection[str]) -> list[str]:
-        """Open several models; return the faults of those that cannot be opened."""
+    def open_all(self, references: Collection[str], adapters: Collection[str] = ()) -> list[str]:
+        """Open several models and adapters; return the faults of those that cannot be opened."""
         faults: list[str] = []
-        for reference in references:
+        opening = [(self.architecture, reference) for reference in references]
+        for opened, reference in [*opening, *((self.adapter, adapter) for adapter in adapters)]:
             try:
-                self.architecture(reference)
+                opened(reference)
             except CheckpointError as error:
                 faults += error.faults
         return faults

@@ -155,7 +155,7 @@ def merge(
     from merge_core.estimate import estimate
     from merge_core.machine import give_back_freed_memory
     from merge_core.merge import save_merged
-    from merge_core.plan import Sources, origin, plan_merge
+    from merge_core.plan import Sources, donor, plan_merge
 
     plan_options: dict[str, Any] = {
         "allow_crimes": allow_crimes,
@@ -173,7 +173,7 @@ def merge(
     plan = plan_merge(parsed, sources, **plan_options)
     for warning in (*parsed.check()[1], *plan.warnings):
         say(f"warning: {warning}")
-    checkpoint = sources.architecture(origin(parsed)).checkpoint
+    checkpoint = sources.within(parsed, **plan_options).architecture(donor(parsed)).checkpoint
     folder, copy_tokenizer = checkpoint.tokenizer_folder, copy_tokenizer and not checkpoint.is_state_dict
     if copy_tokenizer and not has_tokenizer(folder):
         say(f"warning: {folder} has no tokenizer files; the merged model will have none")

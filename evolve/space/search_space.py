@@ -87,3 +87,7 @@ class SearchSpace(ABC):
     def references(self) -> list[str]:
         """List every model that some candidate may use, the start's base first."""
         return list(dict.fromkeys(model for recipe in self.examples() for model in recipe.references()))
+
+    def adapters(self) -> list[str]:
+        """List every adapter that some candidate may put on an intermediate result."""
+        return list(dict.fromkeys(name for recipe in self.examples() for name in recipe.adapters()))

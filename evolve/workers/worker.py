@@ -115,7 +115,8 @@ class WorkerSetup:
         tasks, scoring, seed: give the same TaskSet, and so the same documents, everywhere.
         report_only: tasks whose documents are the split "report".
         shared_as: names what the workers of a host keep together; None = nothing.
-        references: models that candidates may use; where one of them is not there, no worker starts.
+        references, adapters: models, and adapters on results, that candidates may use; where one of
+            them is not there, no worker starts.
         prompting: the merge's own; its requests are built at the start.
         signal: what the sampler follows.
         start: the recipe that engine and requests are made for, where these are its own tokenizer's.
@@ -133,6 +134,7 @@ class WorkerSetup:
     shared_as: str | None = None
     start: Recipe | None = None
     references: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 class Worker:
@@ -161,7 +163,7 @@ class Worker:
     ) -> None:
         self.setup = setup
         self.sources = sources or Sources(keep=True, shared_as=setup.shared_as)
-        if faults := self.sources.open_all(setup.references):
+        if faults := self.sources.open_all(setup.references, setup.adapters):
             raise TrialWorkerError(f"on host {socket.gethostname()}: {'; '.join(faults)}")
         self.tasks = tasks or TaskSet(
             setup.tasks,
@@ -257,7 +259,7 @@ class Worker:
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Measure what sources and engine take; see `evolve.memory.measure`."""
-        return measure(self.engine, self.sources, references, dtype)
+        return measure(self.engine, self.sources, references, dtype, self.setup.adapters)
 
     def restart(self) -> None:
         """Start the engine anew, whatever state the old one is in.

@@ -88,9 +88,11 @@ class Router:
 def _base_alone(recipe: MoeRecipe) -> Recipe:
     """Return the recipe of the base as it is run, in bfloat16; it may be an intermediate result."""
     base = str(recipe.base_model)
-    made = recipe.intermediate if base in recipe.intermediate else {}
-    alone = {"merge_method": "passthrough", "models": [{"model": base}], "dtype": "bfloat16"}
-    return Recipe.parse(alone).model_copy(update={"intermediate": made})
+    alone = Recipe.parse(
+        {"merge_method": "passthrough", "models": [{"model": base}], "dtype": "bfloat16"}
+    ).model_copy(update={"intermediate": recipe.intermediate})
+    # No more than it is made of: the prompts are not run anew where another expert has changed.
+    return alone.model_copy(update={"intermediate": alone.results()})
 
 
 def prompt_rows(recipe: MoeRecipe, prompts: Iterable[Prompts], sources: Sources) -> dict[Prompts, Tensor]:
@@ -129,7 +131,7 @@ class _Tokenizer:
     def __init__(self, base: str, sources: Sources) -> None:
         from transformers import AutoTokenizer
 
-        folder = sources.architecture(base).checkpoint.folder
+        folder = sources.architecture(base).checkpoint.tokenizer_folder
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:

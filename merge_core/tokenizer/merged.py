@@ -38,13 +38,12 @@ def merged_vocabulary(recipe: Recipe, donor: str, sources: Sources) -> Vocabular
     models = recipe.inputs()
     folders = _folders(recipe, sources)
     n_rows = {model: sources.architecture(model).vocabulary_size or 0 for model in models}
+    for model in settings.references():
+        if model not in folders:
+            folders[model], n_rows[model] = _tokenizer_alone(model, sources)
 
     def build() -> Vocabulary:
-        elsewhere = {model: locate(model) for model in settings.references() if model not in folders}
-        rows_there = {model: _n_rows(folder) for model, folder in elsewhere.items()}
-        return build_vocabulary(
-            settings, donor, models, folders | elsewhere, n_rows | rows_there, sources.tokenizers
-        )
+        return build_vocabulary(settings, donor, models, folders, n_rows, sources.tokenizers)
 
     structure = ("vocabulary", donor, *folders.items(), *n_rows.values(), settings.model_dump_json())
     vocabulary: Vocabulary = sources.remembered(structure, build)
@@ -56,11 +55,22 @@ def _folders(recipe: Recipe, sources: Sources) -> dict[str, Path]:
     return {model: sources.architecture(model).checkpoint.tokenizer_folder for model in recipe.inputs()}
 
 
-def _n_rows(folder: Path) -> int:
-    """Read how many rows a model's tables have; a folder without config.json has none."""
-    path = folder / "config.json"
-    size = text_config(json.loads(path.read_text())).get("vocab_size") if path.is_file() else 0
-    return size if isinstance(size, int) else 0
+def _tokenizer_alone(model: str, sources: Sources) -> tuple[Path, int]:
+    """Return the tokenizer's folder of a model that is not merged, and how many rows its tables have."""
+    size = text_config(_config_of(model, sources)).get("vocab_size")
+    folder = (
+        sources.architecture(model).checkpoint.tokenizer_folder if sources.makes(model) else locate(model)
+    )
+    return folder, size if isinstance(size, int) else 0
+
+
+def _config_of(model: str, sources: Sources) -> dict[str, Any]:
+    """Return a model's config.json; that of a folder with a tokenizer alone is empty."""
+    if sources.makes(model):
+        return sources.architecture(model).checkpoint.config
+    path = locate(model) / "config.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 def tokenizer_folder(recipe: Recipe, donor: str, sources: Sources) -> Path:
@@ -175,8 +185,7 @@ def changed_tokens(
     """
     if vocabulary.source == donor:
         return config
-    path = locate(vocabulary.source) / "config.json"
-    theirs = json.loads(path.read_text()) if path.is_file() else {}
+    theirs = _config_of(vocabulary.source, sources)
     for part, change in ((theirs, dict.update), (text_config(theirs), None)):
         ids = {key: value for key, value in part.items() if key.endswith("_token_id") and key in config}
         config = {**config, **ids} if change else with_text_config(config, **ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from evolve.cli import main
+from evolve.errors import ResumeRefusedError
 from evolve.evaluation import EvalOptions, evaluate_models
 from evolve.loop import run
 from evolve.search_file import SearchFile
 from evolve.space import Space, Value
 from merge_core.merge import save_merged
 from merge_core.recipe import Recipe
+
+from ..merge_core.adapters import saved_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = "configs/quickstart/models"
@@ -40,6 +45,26 @@ dtype: float32
 tasks: [qs_reverse, qs_largest]
 search: {{n_iterations: 5, sampler: random}}
 scoring: {{limit: 10, holdout: 10}}
+"""
+ADAPTED = """
+name: skills
+merge_method: dare_ties
+base_model: {models}/base
+models:
+  - model: {models}/reverse
+    parameters: {{weight: {{low: 0.5, high: 1.5}}, density: {{low: 0.5, high: 1.0}}}}
+  - {{model: {models}/sort, parameters: {{weight: 0.5, density: 0.8}}}}
+dtype: bfloat16
+---
+merge_method: linear
+models:
+  - {{model: skills, parameters: {{weight: 1.0}}}}
+  - model: {{choices: ["skills+{adapters}/a", "skills+{adapters}/b"]}}
+    parameters: {{weight: {{low: 0.0, high: 0.2}}}}
+dtype: float32
+tasks: [qs_reverse]
+search: {{n_iterations: 4, sampler: random}}
+scoring: {{limit: 6, holdout: 0}}
 """
 NAMES = [
     "t",
@@ -69,6 +94,31 @@ def test_ranges_of_every_document_are_variables(search: SearchFile, unit: list[f
         v.name: v.from_unit(u) for v, u in zip(space.variables, unit, strict=True)
     }
     assert space.values(space.recipe(values)) == space.active(values)
+
+
+def test_a_search_over_adapters_on_a_result_ships_as_scored(tmp_path: Path) -> None:
+    """The result changes with every candidate, and the adapter with some."""
+    pytest.importorskip("peft", reason="PEFT writes the adapters")
+    for seed, name in enumerate(("a", "b")):
+        base = AutoModelForCausalLM.from_pretrained(f"{MODELS}/base")
+        saved_adapter(base, tmp_path / name, seed, target_modules=["q_proj", "down_proj"])
+    (tmp_path / "search.yml").write_text(ADAPTED.format(models=MODELS, adapters=tmp_path))
+    search = SearchFile.load(tmp_path / "search.yml")
+    result = run(search, folder=tmp_path / "s")
+    assert [trial.state for trial in result.study.trials()] == [TrialState.COMPLETE] * 4
+    best, recipe = result.best, Recipe.load(tmp_path / "s/best.yml")
+    assert best is not None
+    assert recipe == result.recipe
+    assert recipe.adapters()
+    save_merged(recipe, tmp_path / "out")
+    for model in (tmp_path / "s/best.yml", tmp_path / "out"):
+        (scored,) = evaluate_models([str(model)], EvalOptions(like=tmp_path / "s"))
+        assert scored["scores"] == best.user_attrs["scores"]
+    # Another adapter of that name makes another search.
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    with pytest.raises(ResumeRefusedError, match="checkpoints"):
+        run(search, folder=tmp_path / "s")
 
 
 @pytest.mark.slow

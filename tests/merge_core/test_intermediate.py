@@ -236,10 +236,6 @@ ONE = "merge_method: linear\nmodels: [{model: a}]\n"
         (f"name: b\n{ONE}---\nname: c\n{ONE}", "b and c is used by no other"),
         (f"name: a\n{ONE}---\n{ONE}", "intermediate results a use each other in a circle"),
         (
-            f"name: b\n{ONE}---\nmerge_method: linear\nmodels: [{{model: b+c}}]\n",
-            "model 'b+c' puts an adapter on the result of another recipe",
-        ),
-        (
             f"name: b\nbase_model: a\nexperts: [{{source_model: a}}]\n---\n{ONE}",
             "'b' is a mixture of experts, which no other recipe",
         ),
