@@ -1,5 +1,5 @@
-"""What `auto` means for a search: the signal that a sampler follows, whether it races, and whether its
-candidates are served as adapters."""
+"""What `auto` means for a search: the signal that a sampler follows, whether it races, how many
+candidates are drawn around the best, and whether they are served as adapters."""
 
 from __future__ import annotations
 
@@ -63,6 +63,18 @@ def resolve_racing(settings: SearchSettings, tasks: TaskSet) -> str:
         return "none"
     pays = race is not None and settings.followed == "likelihood" and race.is_worthwhile()
     return "always" if pays else "none"
+
+
+def resolve_polish(settings: SearchSettings) -> int:
+    """Choose for `auto`: a fifth of the candidates of a raced search of one objective, else none.
+
+    Args:
+        settings: with racing resolved.
+    """
+    if settings.polish != "auto":
+        return settings.polish
+    is_raced = settings.racing == "always" and settings.objective == "weighted_sum"
+    return settings.n_iterations // 5 if is_raced else 0
 
 
 def resolve_adapters(

@@ -12,7 +12,7 @@ from evolve.front import front, ranking
 from evolve.kept import kept_outcomes
 from evolve.plan import Plan
 from evolve.racing import Document, Race, Round, Values, values_of
-from evolve.smoothing import coordinates, smoothed
+from evolve.smoothing import MOST_SMOOTHED, coordinates, smoothed
 from evolve.study import Study
 from evolve.tasks import Documents, Outcomes, n_documents
 from evolve.workers import Pool
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from evolve.budget import Budget
-
-# Smoothing takes time with the cube of the candidates; of more the best, by what the sampler saw.
-MOST_SMOOTHED = 500
 
 
 class Heats:

@@ -243,7 +243,7 @@ def record(study: Study, plan: Plan, heats: Heats, result: Result) -> None:
     except TrialError as error:  # a function of the user's own may fail now and then
         study.fail(number, error.kind, str(error), result.seconds)
         return
-    rating = plan.objectives.rate(scores, heats.base)
+    rating = plan.objectives.rate(scores, heats.base, errors)
     recorded = heats.recorded(number, outcomes)
     if result.as_adapter:
         recorded["scored_as"] = "adapter"

@@ -17,11 +17,13 @@ class Rating:
     Attributes:
         values: what the sampler maximises, in the order of Objectives.names.
         objective: the weighted sum of the scores, maximised.
+        error: its standard error, where scores are estimates from a part of the documents; else 0.
         violations: by constraint, in units of the score; at most 0 where it is met.
     """
 
     values: list[float]
     objective: float
+    error: float = 0.0
     violations: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -55,10 +57,24 @@ class Objectives:
         """Whether a constraint is relative to the base model's scores."""
         return any(constraint.not_below == "base" for constraint in self._constraints)
 
-    def rate(self, scores: Mapping[str, float], base: Mapping[str, float] | None = None) -> Rating:
-        """Return everything that follows from a candidate's scores; see `violations` for `base`."""
-        objective = self._followed.objective(scores)
-        return Rating(self.values(scores), objective, self.violations(scores, base))
+    def rate(
+        self,
+        scores: Mapping[str, float],
+        base: Mapping[str, float] | None = None,
+        standard_errors: Mapping[str, float] | None = None,
+    ) -> Rating:
+        """Return everything that follows from a candidate's scores.
+
+        Args:
+            base: see `violations`.
+            standard_errors: of scores that are estimates.
+        """
+        return Rating(
+            self.values(scores),
+            self._followed.objective(scores),
+            self._followed.objective_error(standard_errors or {}),
+            self.violations(scores, base),
+        )
 
     def values(self, scores: Mapping[str, float]) -> list[float]:
         """Return what the sampler maximises; lower-is-better scores count negative.

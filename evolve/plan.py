@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from evolve.automatic import race_of, resolve_adapters, resolve_racing, resolve_signal
+from evolve.automatic import race_of, resolve_adapters, resolve_polish, resolve_racing, resolve_signal
 from evolve.baselines import same_prompts
 from evolve.engines import EngineSettings, resolve_backend, resolve_device
 from evolve.errors import SearchFileError
@@ -239,6 +239,8 @@ def make_plan(
                 tasks.following(signal)
                 racing = resolve_racing(search_file.search, tasks)
                 search_file = search_file.changed(search={"racing": racing})
+                polish = resolve_polish(search_file.search)
+                search_file = search_file.changed(search={"polish": polish})
         except SearchFileError as error:
             faults += error.faults
     if not faults:  # a signal at fault is told above

@@ -223,7 +223,8 @@ class _Rehearsal:
         self._under_way(f"asking the {settings.sampler} sampler, as late as it will be asked")
         n_objectives = len(plan.objectives.names)
         sampler = sampler_of(settings, plan.space, n_objectives)
-        return proposing_seconds(sampler, plan.space, settings.n_iterations, n_objectives)
+        n, n_polish = settings.n_iterations, settings.n_polish
+        return proposing_seconds(sampler, plan.space, n, n_objectives, n_polish)
 
 
 def amounts(plan: Plan, n_workers: int) -> Amounts:

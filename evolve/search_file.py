@@ -170,8 +170,8 @@ class SearchSettings(_Section):
     """What the sampler follows; the verdict is on the tasks' own metrics."""
     rounds: int = Field(default=1, ge=1)
     """Rounds of search; each next one merges the best merges of the one before as well."""
-    polish: int = Field(default=0, ge=0)
-    """Of the candidates, how many at the end are a local search around the best."""
+    polish: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Of the candidates, how many at the end are drawn around the best; `auto`: a fifth if it races."""
     seed_recipes: list[str] = Field(default_factory=list)
     """Recipe files that are tried first, beside what is known: each model alone, the average."""
     timeout_s: float | None = Field(default=None, gt=0)
@@ -193,6 +193,12 @@ class SearchSettings(_Section):
         """The signal that the sampler follows, once `auto` is resolved."""
         assert self.signal != "auto", "resolve_signal comes first"
         return self.signal
+
+    @property
+    def n_polish(self) -> int:
+        """How many candidates at the end are drawn around the best, once `auto` is resolved."""
+        assert self.polish != "auto", "resolve_polish comes first"
+        return self.polish
 
     @property
     def n_adapters(self) -> int:

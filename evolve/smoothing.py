@@ -17,6 +17,8 @@ import numpy as np
 
 from evolve.space import Value, Variable
 
+# Smoothing takes time with the cube of the candidates; of more the best, by what the sampler saw.
+MOST_SMOOTHED = 500
 # What the process may be: shares of the estimates' variance, and lengths in the unit cube.
 _SHARED, _OWN, _LENGTH = (0.05, 20.0), (1e-4, 1.0), (0.1, 20.0)
 # Against rounding, where no documents are left to ask.

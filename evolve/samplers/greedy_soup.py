@@ -105,7 +105,7 @@ def soup_faults(settings: SearchSettings, space: SearchSpace) -> list[str]:
     given = {
         "objective": (settings.objective, "weighted_sum"),
         "rounds": (settings.rounds, 1),
-        "polish": (settings.polish, 0),
+        "polish": (0 if settings.polish == "auto" else settings.polish, 0),
         "racing": (settings.racing if settings.racing == "always" else "none", "none"),
     }
     faults = [

@@ -1,6 +1,6 @@
 """Stages of a search: rounds after the first shift its basis, the last candidates polish the best.
 
-Both look at the candidates found so far instead of the whole space; both are off by default.
+Both look at the candidates found so far instead of the whole space.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from evolve.front import ranking
 from evolve.samplers import Proposal, Sampler, derived_rng, make_sampler
 from evolve.search_file import SearchSettings
+from evolve.smoothing import MOST_SMOOTHED, coordinates, smoothed
 from evolve.space import SearchSpace, Value, Variable
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 # Elites that span a round's basis, and how far beyond them a round looks.
 N_ELITES = 5
 BEYOND = 0.5
+# Of so many of the best candidates the centre is taken where scores are estimates, and how far from it
+# candidates are drawn, as a share of how far the best lie from it themselves.
+N_CENTRED = 20
+SPREAD = 0.5
 # The first steps of the local search, as a share of each range.
 SIGMA0 = 0.1
 # Steps grow after a success and shrink after a failure such that one success in five keeps them
@@ -45,27 +50,31 @@ def sampler_of(settings: SearchSettings, space: SearchSpace, n_objectives: int) 
         )
 
     main = build(space, settings.seed)
-    if settings.rounds == 1 and not settings.polish:
+    if settings.rounds == 1 and not settings.n_polish:
         return main
-    n, rounds, polish = settings.n_iterations, settings.rounds, settings.polish
-    return StagedSampler(main, build, space, settings.seed, n, rounds, polish)
+    has_estimates = settings.racing == "always" and n_objectives == 1
+    around_best = (AroundElite if has_estimates else LocalSearch)(space, settings.seed)
+    n, rounds, polish = settings.n_iterations, settings.rounds, settings.n_polish
+    return StagedSampler(main, build, around_best, space, settings.seed, n, rounds, polish)
 
 
 class StagedSampler:
-    """The main sampler, then basis shifts round by round, then a local search.
+    """The main sampler, then basis shifts round by round, then what looks around the best.
 
     Args:
         main: proposes the first round.
         shifted: builds the sampler of a round over a space of its own.
+        around_best: proposes the last candidates.
         n_candidates: of the whole search.
         n_rounds: how many rounds share the candidates evenly.
-        n_polish: how many candidates at the end are the local search's.
+        n_polish: how many candidates at the end are drawn around the best.
     """
 
     def __init__(
         self,
         main: Sampler,
         shifted: Callable[[SearchSpace, int], Sampler],
+        around_best: Sampler,
         space: SearchSpace,
         seed: int,
         n_candidates: int,
@@ -76,7 +85,7 @@ class StagedSampler:
         self.popsize = getattr(main, "popsize", None)
         self._n_before_polish = max(0, n_candidates - n_polish)
         self._round_size = max(1, math.ceil(self._n_before_polish / n_rounds))
-        self._local = LocalSearch(space, seed)
+        self._around_best = around_best
         self._shifts = [BasisShift(shifted, space, seed, i) for i in range(1, n_rounds)]
 
     def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal | None:
@@ -84,7 +93,7 @@ class StagedSampler:
         n_complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
         sampler: Sampler = self._main
         if n_complete and number >= self._n_before_polish:
-            sampler = self._local
+            sampler = self._around_best
         elif n_complete > 1 and self._shifts and number >= self._round_size:
             sampler = self._shifts[min(number // self._round_size, len(self._shifts)) - 1]
         return sampler.propose(number, trials, attempt)
@@ -196,12 +205,63 @@ class LocalSearch:
         return Proposal(values, {"polish": {"from": best, "sigma": sigma}})
 
 
+class AroundElite:
+    """Draws around the centre of the best candidates, for scores that are estimates.
+
+    Of estimates the best one is luck in part; the centre of many good candidates is not. With x[1],
+    x[2] ... x[n] the best candidates by estimates smoothed over the space (`evolve.smoothing`), as points
+    of the unit cube, and w[i] in proportion to log(n + 1/2) - log(i) (CMA-ES, Hansen 2016,
+    https://arxiv.org/abs/1604.00772, eq. 49), the first candidate is m = sum of w[i] x[i]. The others
+    are normal around m with SPREAD times the elite's weighted standard deviation in each variable, cut
+    to the cube. Categories are those of the best; the elite is of candidates that have the same.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._space = space
+        self._seed = seed
+
+    def propose(self, number: int, trials: Sequence[FrozenTrial], attempt: int = 0) -> Proposal:
+        """Propose trial `number`, see Sampler."""
+        elite = self._elite(trials)
+        points = np.array([_unit(self._space, trial.params) for trial in elite])
+        weights = np.log(len(elite) + 0.5) - np.log(np.arange(1, len(elite) + 1))
+        weights /= weights.sum()
+        point = weights @ points
+        if attempt or any("polish" in trial.user_attrs for trial in trials):
+            rng = derived_rng(self._seed, number, attempt)
+            deviations = np.sqrt(weights @ (points - point) ** 2)
+            point = np.clip(point + SPREAD * deviations * rng.randn(len(point)), 0, 1)
+        numbers = [trial.number for trial in elite]
+        return Proposal(_values(self._space, point, elite[0].params), {"polish": {"around": numbers}})
+
+    def _elite(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the best candidates by smoothed estimates, the best first."""
+        complete = [trials[number] for number in _best(trials)][:MOST_SMOOTHED]
+        smooth = smoothed(
+            np.array([coordinates(self._space.variables, trial.params) for trial in complete]),
+            np.array([trial.values[0] for trial in complete]),
+            np.array([trial.user_attrs.get("objective_error", 0.0) for trial in complete]),
+        )
+        violations = [_violation(trial) for trial in complete]
+        ranked = [complete[i] for i in ranking(smooth[:, None], violations)]
+        categories = [variable.name for variable in self._space.variables if variable.choices is not None]
+
+        def chosen(trial: FrozenTrial) -> list[Value]:
+            return [trial.params.get(name) for name in categories]
+
+        return [trial for trial in ranked if chosen(trial) == chosen(ranked[0])][:N_CENTRED]
+
+
 def _best(trials: Sequence[FrozenTrial]) -> list[int]:
     """Return the numbers of the completed trials, the best first; see `evolve.front.ranking`."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     values = np.array([trial.values for trial in complete])
-    violations = [sum(max(0.0, v) for v in trial.constraints.values()) for trial in complete]
+    violations = [_violation(trial) for trial in complete]
     return [complete[i].number for i in ranking(values, violations)]
+
+
+def _violation(trial: FrozenTrial) -> float:
+    return sum(max(0.0, violation) for violation in trial.constraints.values())
 
 
 def _unit(space: SearchSpace, params: Mapping[str, Value]) -> np.ndarray:

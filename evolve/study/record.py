@@ -131,6 +131,7 @@ class Record:
         }
         if standard_errors:
             attributes["standard_errors"] = dict(standard_errors)
+            attributes["objective_error"] = rating.error
         if rating.violations:
             attributes["violations"] = rating.violations
         self._tell(number, TrialState.COMPLETE, attributes, rating)

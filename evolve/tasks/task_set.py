@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -211,6 +212,10 @@ class TaskSet:
     def objective(self, scores: Mapping[str, float]) -> float:
         """Return the weighted sum, maximised: what is better when it is less counts negative."""
         return sum(task.sign * task.weight * scores[task.key] for task in self.tasks)
+
+    def objective_error(self, standard_errors: Mapping[str, float]) -> float:
+        """Return the standard error of the weighted sum of scores that are estimates; else 0."""
+        return math.hypot(*(task.weight * standard_errors.get(task.key, 0.0) for task in self.tasks))
 
 
 def report_set(

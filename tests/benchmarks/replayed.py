@@ -24,12 +24,15 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from replay import TASKS, Replay
 from scipy.stats import t as student
 
+from evolve.automatic import resolve_polish
 from evolve.front import hypervolume, non_dominated
 from evolve.known import known_recipes
+from evolve.objectives import Rating
 from evolve.racing import FINALISTS, Race, Values
-from evolve.samplers import make_sampler
 from evolve.samplers.auto import resolve_sampler
 from evolve.samplers.proposer import Proposer
+from evolve.samplers.stages import sampler_of
+from evolve.search_file import SearchSettings
 from evolve.smoothing import smoothed
 from evolve.space import SearchSpace, Space, Value
 
@@ -106,27 +109,39 @@ def search(
     bench: Bench,
     sampler: str,
     n: int,
-    values: Callable[[int, np.ndarray], list[float]],
+    rate: Callable[[int, np.ndarray], Rating],
     n_objectives: int = 1,
+    is_raced: bool = False,
 ) -> list[FrozenTrial]:
-    """Search with the product's proposer; `values` evaluates a candidate by number and point."""
+    """Search with the product's proposer; `rate` evaluates a candidate by number and point."""
     over = bench.space
     name, _ = resolve_sampler(sampler, over, n, n_objectives)
+    racing = "always" if is_raced else "none"
+    asked = SearchSettings.model_validate(
+        {"sampler": name, "n_iterations": n, "seed": bench.seed, "racing": racing}
+    )
+    settings = asked.model_copy(update={"polish": resolve_polish(asked)})
     known = known_recipes(over, {}, lambda _: N_LAYERS)
-    proposer = Proposer(over, make_sampler(name, over, bench.seed, n_objectives), known, bench.seed)
+    proposer = Proposer(over, sampler_of(settings, over, n_objectives), known, bench.seed)
     trials: list[FrozenTrial] = []
     for number in range(n):
         proposal = proposer.propose(number, trials)
         assert proposal is not None
+        rating = rate(number, bench.point(proposal.values))
         made = create_trial(
             params=proposal.values,
             distributions=over.distributions(),
-            values=values(number, bench.point(proposal.values)),
-            user_attrs={**proposal.attributes, "told": number},
+            values=rating.values,
+            user_attrs={**proposal.attributes, "told": number, "objective_error": rating.error},
         )
         made.number = number
         trials.append(made)
     return trials
+
+
+def rated(values: list[float], error: float = 0.0) -> Rating:
+    """Return what the sampler is told of a candidate, and how sure that is."""
+    return Rating(values, sum(values), error)
 
 
 @dataclass
@@ -142,11 +157,11 @@ def full(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
     kinds = KINDS[signal]
     points: list[np.ndarray] = []
 
-    def values(number: int, point: np.ndarray) -> list[float]:
+    def rate(number: int, point: np.ndarray) -> Rating:
         points.append(point)
-        return [sum(sum(bench.scores(point, kind)) for kind in kinds)]
+        return rated([sum(sum(bench.scores(point, kind)) for kind in kinds)])
 
-    trials = search(bench, sampler, n, values)
+    trials = search(bench, sampler, n, rate)
     ranked = sorted(range(n), key=lambda i: (-trials[i].values[0], i))[:N_FINALISTS]
     return Found(points[max(ranked, key=lambda i: sum(bench.scores(points[i])))])
 
@@ -163,22 +178,20 @@ def raced(bench: Bench, sampler: str, n: int, signal: str = "metric") -> Found:
             name: {d: float(answers[int(name[-1])][d[1]]) for d in its} for name, its in documents.items()
         }
 
-    def estimate(values: Values) -> float:
-        return sum(each.value for each in race.estimates(values).values())
-
-    def values(number: int, point: np.ndarray) -> list[float]:
+    def rate(number: int, point: np.ndarray) -> Rating:
         first, second = race.blocks(number)
         found = ask(point, first)
         if not race.is_hopeless(number, found):
             more = ask(point, second)
             found = {name: found[name] | more[name] for name in found}
-        value = estimate(found)
+        estimates = race.estimates(found).values()
         race.tell(number, found)
         points.append(point)
         known.append(found)
-        return [value]
+        error = math.hypot(*(each.standard_error for each in estimates))
+        return rated([sum(each.value for each in estimates)], error)
 
-    search(bench, sampler, n, values)
+    search(bench, sampler, n, rate, is_raced=True)
     ranked, value = list(range(n)), smoothed_values(race, points, known)
     for each in race.rounds():
         ranked = sorted(ranked, key=lambda i: (-value[i], i))[: each.n_candidates]
@@ -324,7 +337,7 @@ def fronts(n_seeds: int, n: int) -> None:
         volumes[name] = []
         for seed in range(n_seeds):
             bench = Bench(seed)
-            trials = search(bench, name, n, lambda _, point, b=bench: b.scores(point), n_objectives=2)
+            trials = search(bench, name, n, lambda _, p, b=bench: rated(b.scores(p)), n_objectives=2)
             values = np.array([trial.values for trial in trials if trial.state == TrialState.COMPLETE])
             volumes[name].append(hypervolume(values[non_dominated(values)], np.zeros(2)))
         line = f"{name:8} hypervolume {np.mean(volumes[name]):.4f}"

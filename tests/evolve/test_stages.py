@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from evolve.automatic import resolve_polish
 from evolve.loop import run
 from evolve.samplers import Sampler, make_sampler
-from evolve.samplers.stages import BEYOND, N_ELITES, StagedSampler
-from evolve.search_file import SearchFile
-from evolve.space import SearchSpace, Space
+from evolve.samplers.stages import (
+    BEYOND,
+    N_CENTRED,
+    N_ELITES,
+    AroundElite,
+    LocalSearch,
+    StagedSampler,
+    sampler_of,
+)
+from evolve.search_file import SearchFile, SearchSettings
+from evolve.space import SearchSpace, Space, Value
 
 ROOT = Path(__file__).resolve().parents[2]
 N, ROUND, POLISH = 60, 25, 10
@@ -31,7 +42,8 @@ def staged(over: SearchSpace) -> Sampler:
     def shifted(span: SearchSpace, seed: int) -> Sampler:
         return make_sampler("cma", span, seed)
 
-    return StagedSampler(make_sampler("random", over, 3), shifted, over, 3, N, 2, POLISH)
+    main, around_best = make_sampler("random", over, 3), LocalSearch(over, 3)
+    return StagedSampler(main, shifted, around_best, over, 3, N, 2, POLISH)
 
 
 def search(renew: int = 10**9) -> list[FrozenTrial]:
@@ -94,6 +106,85 @@ def test_stages_find_better_candidates_than_the_first_round() -> None:
     for trial in trials[N - POLISH :]:
         before = [t for t in trials[: trial.number] if t.value is not None]
         assert trial.user_attrs["polish"]["from"] == max(before, key=lambda t: t.value).number
+
+
+def estimated(
+    over: SearchSpace, points: np.ndarray, errors: float, wanted: np.ndarray
+) -> list[FrozenTrial]:
+    """Tell candidates whose estimates are off by a normal error each, of quality -|x - wanted|^2."""
+    rng = np.random.RandomState(0)
+    trials = []
+    for number, point in enumerate(points):
+        values = {
+            v.name: number % 2 == 0 if v.choices is not None else v.from_unit(point[i])
+            for i, v in enumerate(over.variables)
+        }
+        made = create_trial(
+            params=values,
+            distributions=over.distributions(),
+            value=-float(((point - wanted) ** 2).sum()) + errors * rng.randn(),
+            user_attrs={"told": number, "objective_error": errors},
+        )
+        made.number = number
+        trials.append(made)
+    return trials
+
+
+def test_the_centre_of_the_elite_is_nearer_the_optimum_than_the_luckiest_candidate() -> None:
+    over, distances = space(), []
+    numbers = [i for i, v in enumerate(over.variables) if v.choices is None]
+    for seed in range(10):
+        rng = np.random.RandomState(seed)
+        wanted = rng.rand(len(over.variables)) * 0.4 + 0.3
+        trials = estimated(over, rng.rand(80, len(over.variables)), 0.3, wanted)
+        proposal = AroundElite(over, seed).propose(80, trials)
+        luckiest = max(trials, key=lambda trial: trial.value or 0.0)
+
+        def distance(values: Mapping[str, Value], wanted: np.ndarray = wanted) -> float:
+            point = np.array([v.to_unit(values[v.name]) for v in over.variables if v.choices is None])
+            return float(np.linalg.norm(point - wanted[numbers]))
+
+        distances.append((distance(proposal.values), distance(luckiest.params)))
+    centre, lucky = np.array(distances).T
+    assert centre.mean() < 0.6 * lucky.mean()
+    assert (centre < lucky).sum() >= 9
+
+
+def test_candidates_around_the_elite_begin_with_its_centre_and_lie_as_close_as_it_does() -> None:
+    over = space()
+    rng = np.random.RandomState(1)
+    trials = estimated(over, rng.rand(60, len(over.variables)), 0.0, np.full(len(over.variables), 0.5))
+    sampler = AroundElite(over, 5)
+    first = sampler.propose(60, trials)
+    elite = [trials[number] for number in first.attributes["polish"]["around"]]
+    assert len(elite) == N_CENTRED
+    # Without errors the elite is simply the best, of those with the best one's category.
+    alike = [t for t in trials if t.params["normalize"] == elite[0].params["normalize"]]
+    assert elite == sorted(alike, key=lambda t: -(t.value or 0.0))[:N_CENTRED]
+    weights = np.log(N_CENTRED + 0.5) - np.log(np.arange(1, N_CENTRED + 1))
+    for variable in over.variables:
+        if variable.choices is None:
+            units = [variable.to_unit(trial.params[variable.name]) for trial in elite]
+            mean = float(np.average(units, weights=weights))
+            assert variable.to_unit(first.values[variable.name]) == pytest.approx(mean)
+    begun = copy(trials[-1])
+    begun.number, begun.params, begun.user_attrs = 60, first.values, dict(first.attributes)
+    begun.state, begun.values = TrialState.RUNNING, None
+    second = sampler.propose(61, [*trials, begun])
+    assert second.values != first.values
+    assert second.values == AroundElite(over, 5).propose(61, [*trials, begun]).values
+    assert second.values != sampler.propose(61, [*trials, begun], attempt=1).values
+
+
+def test_a_raced_search_draws_its_last_fifth_around_the_elite_unless_told_otherwise() -> None:
+    raced = SearchSettings(sampler="gp", racing="always", n_iterations=100)
+    assert resolve_polish(raced) == 20
+    assert resolve_polish(raced.model_copy(update={"polish": 3})) == 3
+    assert resolve_polish(raced.model_copy(update={"racing": "none"})) == 0
+    assert resolve_polish(raced.model_copy(update={"objective": "pareto"})) == 0
+    staged_sampler = sampler_of(raced.model_copy(update={"polish": 20}), space(), 1)
+    assert isinstance(staged_sampler, StagedSampler)
+    assert isinstance(staged_sampler._around_best, AroundElite)
 
 
 @pytest.mark.parametrize("renew", [1, 7])
