@@ -1,7 +1,7 @@
 """Samplers, signals, racing and fronts compared on the replay bench, with many seeds.
 
     python tests/benchmarks/replayed.py samplers | signals | fronts   [--seeds 10] [--n N]
-    python tests/benchmarks/replayed.py racing   [--sampler cma]      [--seeds 10] [--n N]
+    python tests/benchmarks/replayed.py racing [--sampler cma] [--signal likelihood] [--seeds 10] [--n N]
 
 Each search runs the product's own samplers, proposer and racing; only merge, load and score are
 replayed (see replay.py). Half of the documents, drawn by seed, rank candidates, the others are the
@@ -294,9 +294,9 @@ def signals(n_seeds: int, n: int) -> None:
     compare(arms, n_seeds, "likelihood")
 
 
-def racing(n_seeds: int, n: int, sampler: str) -> None:
+def racing(n_seeds: int, n: int, sampler: str, signals: Sequence[str]) -> None:
     """Compare raced searches with full ones: documents asked, and how the winner's scores compare."""
-    for signal in KINDS:
+    for signal in signals:
         rows = []
         for seed in range(n_seeds):
             bench = Bench(seed)
@@ -354,10 +354,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--n", type=int, help="candidates; default 120, for fronts 88")
     parser.add_argument("--sampler", default="auto", help="of the searches that are raced")
+    parser.add_argument("--signal", choices=KINDS, action="append", help="followed; default: each")
     given = parser.parse_args()
     n = given.n or (88 if given.what == "fronts" else 120)
     if given.what == "racing":
-        racing(given.seeds, n, given.sampler)
+        racing(given.seeds, n, given.sampler, given.signal or list(KINDS))
     else:
         compared[given.what](given.seeds, n)
 
