@@ -35,7 +35,9 @@ def coordinates(variables: Sequence[Variable], values: Mapping[str, Value]) -> n
     for variable in variables:
         value = values.get(variable.name)
         if variable.choices is not None:
-            found += [float(variable.name in values and value == choice) for choice in variable.choices]
+            # 1 and true are two choices, and equal.
+            chosen = (variable.name in values, type(value), value)
+            found += [float(chosen == (True, type(choice), choice)) for choice in variable.choices]
         else:
             found.append(variable.to_unit(value) if variable.name in values else 0.0)
     return np.array(found)

@@ -57,6 +57,13 @@ def test_equal_estimates_stay_equal() -> None:
     assert (smoothed(points, np.full(10, 0.4), np.full(10, 0.1)) == 0.4).all()
 
 
+def test_choices_that_are_equal_have_coordinates_of_their_own() -> None:
+    kind = Variable("normalize", choices=(1, True, "x"))
+    assert coordinates([kind], {"normalize": True}).tolist() == [0.0, 1.0, 0.0]
+    assert coordinates([kind], {"normalize": 1}).tolist() == [1.0, 0.0, 0.0]
+    assert coordinates([kind], {}).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_coordinates_lie_in_the_unit_cube() -> None:
     over = [
         Variable("weight", low=0.0, high=2.0),
