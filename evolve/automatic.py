@@ -65,8 +65,10 @@ def resolve_racing(settings: SearchSettings, tasks: TaskSet) -> str:
     return "always" if pays else "none"
 
 
-def resolve_polish(settings: SearchSettings) -> int:
-    """Choose for `auto`: a fifth of the candidates of a raced search of one objective, else none.
+def resolve_polish(settings: SearchSettings, space: SearchSpace) -> int:
+    """Choose for `auto`: a fifth of the candidates where estimates of one objective have a centre.
+
+    That is a raced search whose variables are numbers; elsewhere none.
 
     Args:
         settings: with racing resolved.
@@ -74,7 +76,8 @@ def resolve_polish(settings: SearchSettings) -> int:
     if settings.polish != "auto":
         return settings.polish
     is_raced = settings.racing == "always" and settings.objective == "weighted_sum"
-    return settings.n_iterations // 5 if is_raced else 0
+    has_centre = all(variable.choices is None for variable in space.variables)
+    return settings.n_iterations // 5 if is_raced and has_centre else 0
 
 
 def resolve_adapters(

@@ -239,7 +239,7 @@ def make_plan(
                 tasks.following(signal)
                 racing = resolve_racing(search_file.search, tasks)
                 search_file = search_file.changed(search={"racing": racing})
-                polish = resolve_polish(search_file.search)
+                polish = resolve_polish(search_file.search, space)
                 search_file = search_file.changed(search={"polish": polish})
         except SearchFileError as error:
             faults += error.faults

@@ -171,7 +171,7 @@ class SearchSettings(_Section):
     rounds: int = Field(default=1, ge=1)
     """Rounds of search; each next one merges the best merges of the one before as well."""
     polish: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    """Of the candidates, how many at the end are drawn around the best; `auto`: a fifth if it races."""
+    """Of the candidates, how many at the end are drawn around the best; see resolve_polish."""
     seed_recipes: list[str] = Field(default_factory=list)
     """Recipe files that are tried first, beside what is known: each model alone, the average."""
     timeout_s: float | None = Field(default=None, gt=0)

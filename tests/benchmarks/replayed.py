@@ -120,7 +120,7 @@ def search(
     asked = SearchSettings.model_validate(
         {"sampler": name, "n_iterations": n, "seed": bench.seed, "racing": racing}
     )
-    settings = asked.model_copy(update={"polish": resolve_polish(asked)})
+    settings = asked.model_copy(update={"polish": resolve_polish(asked, over)})
     known = known_recipes(over, {}, lambda _: N_LAYERS)
     proposer = Proposer(over, sampler_of(settings, over, n_objectives), known, bench.seed)
     trials: list[FrozenTrial] = []

@@ -38,6 +38,12 @@ def space(n: int = 6) -> SearchSpace:
     )
 
 
+def numbers_alone() -> SearchSpace:
+    weight = {"low": 0.0, "high": 2.0}
+    models = [{"model": m, "parameters": {"weight": weight}} for m in "ab"]
+    return Space({"merge_method": "task_arithmetic", "base_model": "b", "models": models})
+
+
 def staged(over: SearchSpace) -> Sampler:
     def shifted(span: SearchSpace, seed: int) -> Sampler:
         return make_sampler("cma", span, seed)
@@ -178,10 +184,12 @@ def test_candidates_around_the_elite_begin_with_its_centre_and_lie_as_close_as_i
 
 def test_a_raced_search_draws_its_last_fifth_around_the_elite_unless_told_otherwise() -> None:
     raced = SearchSettings(sampler="gp", racing="always", n_iterations=100)
-    assert resolve_polish(raced) == 20
-    assert resolve_polish(raced.model_copy(update={"polish": 3})) == 3
-    assert resolve_polish(raced.model_copy(update={"racing": "none"})) == 0
-    assert resolve_polish(raced.model_copy(update={"objective": "pareto"})) == 0
+    over, mixed = numbers_alone(), space()
+    assert resolve_polish(raced, over) == 20
+    assert resolve_polish(raced.model_copy(update={"polish": 3}), mixed) == 3
+    assert resolve_polish(raced.model_copy(update={"racing": "none"}), over) == 0
+    assert resolve_polish(raced.model_copy(update={"objective": "pareto"}), over) == 0
+    assert resolve_polish(raced, mixed) == 0
     staged_sampler = sampler_of(raced.model_copy(update={"polish": 20}), space(), 1)
     assert isinstance(staged_sampler, StagedSampler)
     assert isinstance(staged_sampler._around_best, AroundElite)
