@@ -93,10 +93,13 @@ def export_yaml(recipe: Recipe, head: Iterable[str]) -> str:
 
 def mergekit_notes(recipe: Recipe) -> list[str]:
     """Say where mergekit would make another model of this recipe, or none."""
+    documents = (*recipe.results().values(), recipe)
+    if recipe.intermediate and any(isinstance(document, MoeRecipe) for document in documents):
+        return ["mergekit-multi does not know experts; only `evolve merge` makes this model"]
     notes = []
     if recipe.intermediate:
         notes.append("mergekit reads several documents with `mergekit-multi`")
-    for document in (*recipe.results().values(), recipe):
+    for document in documents:
         notes += _notes_on_one(document)
     return list(dict.fromkeys(notes))
 

@@ -123,7 +123,7 @@ def model_card(
     front = {
         **({"base_model": list(ids)} if ids else {}),
         "library_name": "transformers",
-        "tags": ["mergekit", "merge", *(["moe"] if isinstance(recipe, MoeRecipe) else [])],
+        "tags": ["mergekit", "merge", *(["moe"] if _mixtures(recipe) else [])],
         **_merged_license(stated),
         **({"model-index": evaluation.index(title)} if evaluation else {}),
     }
@@ -145,16 +145,29 @@ def model_card(
 
 
 def _method(recipe: Recipe, plan: MergePlan) -> str:
+    mixtures = {name: _of_mixture(made, recipe) for name, made in _mixtures(recipe).items()}
     if isinstance(recipe, MoeRecipe):
-        shared = f" and {len(recipe.shared_experts)} shared" if recipe.shared_experts else ""
-        return (
-            f"A [mixture]({_MIXTURES}) of {len(recipe.experts)} experts{shared}, of which a token "
-            f"reaches {recipe.experts_per_token}. The experts are the models' MLPs; all else is from "
-            f"{_linked(str(recipe.base_model), recipe)}. The router's gates are {recipe.gate_mode}."
-        )
+        return f"A {mixtures['']}"
     methods = [METHODS[name] for name in plan.methods()]
     names = ", ".join(f"[{m.name}]({m.source})" if m.source else m.name for m in methods)
-    return names + (f" with {_linked(recipe.base_model, recipe)} as base." if recipe.base_model else ".")
+    base = f" with {_linked(recipe.base_model, recipe)} as base." if recipe.base_model else "."
+    return names + base + "".join(f" `{name}` is a {text}" for name, text in mixtures.items())
+
+
+def _mixtures(recipe: Recipe) -> dict[str, MoeRecipe]:
+    """Return what is made of experts, by its name; the recipe's own result has none."""
+    documents = {**recipe.results(), "": recipe}
+    return {name: made for name, made in documents.items() if isinstance(made, MoeRecipe)}
+
+
+def _of_mixture(made: MoeRecipe, recipe: Recipe) -> str:
+    """Say what one mixture among a recipe's documents is."""
+    shared = f" and {len(made.shared_experts)} shared" if made.shared_experts else ""
+    return (
+        f"[mixture]({_MIXTURES}) of {len(made.experts)} experts{shared}, of which a token "
+        f"reaches {made.experts_per_token}. The experts are the models' MLPs; all else is from "
+        f"{_linked(str(made.base_model), recipe)}. The router's gates are {made.gate_mode}."
+    )
 
 
 def head_notices(recipe_text: str) -> list[str]:
@@ -243,8 +256,11 @@ def _left_out(recipe: Recipe, sources: Sources, plan: MergePlan) -> list[str]:
     """Say what of the sources is not in the merge, one line each."""
     used = plan.read()
     lines = []
+    documents = (recipe, *recipe.results().values())
+    views = [(document.inputs(), sources.within(document)) for document in documents]
     for reference in recipe.references():
-        tensors = sources.architecture(reference).checkpoint.tensors
+        seen = [view.architecture(reference) for inputs, view in views if reference in inputs]
+        tensors = dict.fromkeys(name for model in seen for name in model.checkpoint.tensors)
         unused = [name for name in tensors if (reference, name) not in used]
         if unused:
             more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -23,6 +23,7 @@ from merge_core.architecture import Architecture
 from merge_core.checkpoint.read import Checkpoint, TensorInfo, split_layer
 from merge_core.checkpoint.write import DEFAULT_SHARD_BYTES, TEMPLATE_FILES, TOKENIZER_FILES
 from merge_core.errors import ResourceError
+from merge_core.experts import Spelling
 from merge_core.machine import (
     disk_seconds,
     in_units,
@@ -32,6 +33,7 @@ from merge_core.machine import (
     private_bytes,
 )
 from merge_core.merge import AHEAD_BYTES, merged_tensors, pays_to_compile
+from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import MergePlan, Planned, Sources, files_folder, merged_config, plan_merge
 from merge_core.recipe import Recipe
 
@@ -241,13 +243,23 @@ class _SampleSources(Sources):
 
     def __init__(self, whole: Sources, n_entries: int) -> None:
         super().__init__()
-        self.tokenizers = whole.tokenizers
+        self.tokenizers, self.prompted = whole.tokenizers, whole.prompted
         self._whole = whole
         self._n_entries = n_entries
         self._cut: dict[str, Architecture] = {}
 
+    def within(self, recipe: Recipe, **plan_options: Any) -> Self:
+        view = super().within(recipe, **plan_options)
+        view._whole, view._cut = self._whole.within(recipe, **plan_options), {}
+        return view
+
+    def _to_be_taken_apart(self, recipe: Recipe) -> dict[str, Spelling]:
+        return self._whole.within(recipe)._apart
+
     def architecture(self, reference: str) -> Architecture:
-        if reference in self._recipes:
+        result = self.results.get(reference)
+        # Of a mixture, routers would come out whole beside experts that are cut.
+        if result is not None and reference not in self._apart and not isinstance(result, MoeRecipe):
             return super().architecture(reference)
         if reference not in self._cut:
             part = self._cut[reference] = copy.copy(self._whole.architecture(reference))

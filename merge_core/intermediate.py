@@ -52,8 +52,9 @@ class MergedCheckpoint(Checkpoint):
         self._text = text
         self._planned = {planned.name: planned for planned in self.plan}
         self._made_config = merged_config(recipe, sources)
-        compiles = pays_to_compile(self.plan, sources)
-        self._merger = Merger(recipe, sources, torch.device("cpu"), compiles, {})
+        seen = sources.within(recipe)
+        compiles = pays_to_compile(self.plan, seen)
+        self._merger = Merger(recipe, seen, torch.device("cpu"), compiles, {})
 
     @property
     def identity(self) -> str:

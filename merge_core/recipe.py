@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializeAsAny,
     ValidationError,
     field_validator,
     model_validator,
@@ -108,7 +109,8 @@ class Recipe(_Part):
     tokenizer: TokenizerSettings | None = None
     chat_template: str | None = None
     random_seed: int = 0
-    intermediate: dict[str, Recipe] = Field(default_factory=dict)
+    # Each is written as what it is: a mixture of experts has keys of its own.
+    intermediate: dict[str, SerializeAsAny[Recipe]] = Field(default_factory=dict)
 
     @field_validator("dtype", "out_dtype", mode="before")
     @classmethod
@@ -119,17 +121,6 @@ class Recipe(_Part):
     @classmethod
     def _is_a_template(cls, value: str | None) -> str | None:
         return value if value is None else checked_template(value)
-
-    @field_validator("intermediate", mode="before")
-    @classmethod
-    def _are_no_mixtures(cls, value: Any) -> Any:
-        for name, document in value.items() if isinstance(value, Mapping) else ():
-            if isinstance(document, Mapping) and "experts" in document:
-                raise ValueError(
-                    f"{name!r} is a mixture of experts, which no other recipe takes for a model; make it "
-                    f"with `evolve merge` and name its folder"
-                )
-        return value
 
     @model_validator(mode="after")
     def _has_one_tokenizer(self) -> Recipe:
@@ -142,6 +133,15 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _has_one_body(self) -> Recipe:
+        self._check_body()  # another kind's own, where it stands among the intermediate ones
+        return self
+
+    def _check_body(self) -> None:
+        """Refuse a recipe that merges nothing, or two things.
+
+        Raises:
+            ValueError: so it is.
+        """
         if self.modules is not None:
             if self.models or self.slices:
                 raise ValueError(
@@ -154,7 +154,6 @@ class Recipe(_Part):
                 )
         elif not self.models and not self.slices:
             raise ValueError("a recipe needs `models:` or `slices:`; add one")
-        return self
 
     @classmethod
     def parse(cls, data: Any, strict: bool = True) -> Recipe:
@@ -169,18 +168,43 @@ class Recipe(_Part):
         """
         if not isinstance(data, Mapping):
             raise RecipeError(f"recipe is {data!r:.60}; it must be a mapping with `merge_method:`")
-        if "experts" in data or data.get("merge_method") == "moe":
-            from merge_core.moe.recipe import MoeRecipe  # a kind of recipe itself
+        recipe, faults = (_kind_of(data) or cls).built(data)
+        findings = recipe._findings()
+        faults += findings.faults + (findings.unread if strict else [])
+        if faults:
+            raise RecipeError(faults)
+        return recipe
 
-            return MoeRecipe.parse(data, strict)
+    @classmethod
+    def built(cls, data: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+        """Build a recipe from a mapping, each value checked by itself.
+
+        Returns:
+            The recipe, and faults beside it: keys that say nothing.
+
+        Raises:
+            RecipeError: it cannot be built; with every fault found.
+        """
+        data, faults, hinders = _with_mixtures(data)
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(schema_faults(error, _known_keys(data))) from None
-        findings = recipe._findings()
-        if findings.faults or (strict and findings.unread):
-            raise RecipeError(findings.faults + (findings.unread if strict else []))
-        return recipe
+            raise RecipeError(schema_faults(error, cls.keys_of(data)) + faults) from None
+        if hinders:
+            raise RecipeError(faults)
+        return recipe, faults
+
+    @classmethod
+    def keys_of(cls, data: Mapping[str, Any]) -> dict[str, Iterable[str]]:
+        """Say which keys exist at each place of a recipe, those below its own names included."""
+        known = {**KNOWN_KEYS, **known_keys(data.get("tokenizer"))}
+        for name in _names(data.get("modules")):
+            known[f"modules.{name}"] = ModuleEntry.model_fields
+            known |= {f"modules.{name}.{place}": keys for place, keys in KNOWN_KEYS.items() if place}
+        for name in _names(data.get("intermediate")):
+            inner = Recipe.keys_of(data["intermediate"][name])
+            known |= {f"intermediate.{name}.{place}".rstrip("."): keys for place, keys in inner.items()}
+        return known
 
     @classmethod
     def load(cls, path: str | Path, strict: bool = True) -> Recipe:
@@ -298,7 +322,7 @@ class Recipe(_Part):
     def _findings(self) -> Findings:
         found = self._own_findings()
         for name, document in self.intermediate.items():
-            found.add(check_recipe(document, document.parts()), f"intermediate.{name}.")
+            found.add(document._own_findings(), f"intermediate.{name}.")
         found.faults += intermediate_faults(self)
         documents = (self, *self.intermediate.values())
         used = {name for document in documents for name in document.uses(self.intermediate)}
@@ -311,24 +335,43 @@ class Recipe(_Part):
         return found
 
 
+def _kind_of(data: Any) -> type[Recipe] | None:
+    """Return the kind of recipe that has keys of its own; None where a mapping is a plain one."""
+    if not isinstance(data, Mapping) or not ("experts" in data or data.get("merge_method") == "moe"):
+        return None
+    from merge_core.moe.recipe import MoeRecipe  # a kind of recipe itself
+
+    return MoeRecipe
+
+
+def _with_mixtures(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], bool]:
+    """Build the intermediate recipes that are mixtures of experts.
+
+    Returns:
+        The mapping with these in place of what they are built of; their faults; and whether some
+        cannot be built, which are left out.
+    """
+    given = data.get("intermediate")
+    documents: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, document in given.items() if isinstance(given, Mapping) else ():
+        kind = _kind_of(document)
+        try:
+            documents[name], found = kind.built(document) if kind else (document, [])
+        except RecipeError as error:
+            found = error.faults
+        faults += [f"intermediate.{name}.{fault}" for fault in found]
+    if not documents and not faults:
+        return dict(data), [], False
+    return {**data, "intermediate": documents}, faults, len(documents) < len(given or ())
+
+
 KNOWN_KEYS: dict[str, Iterable[str]] = {
     "": Recipe.model_fields,
     "models": ModelEntry.model_fields,
     "slices": SliceEntry.model_fields,
     "slices.sources": SourceEntry.model_fields,
 }
-
-
-def _known_keys(data: Mapping[str, Any]) -> dict[str, Iterable[str]]:
-    """Say which keys exist at each place, those below the recipe's own names included."""
-    known = {**KNOWN_KEYS, **known_keys(data.get("tokenizer"))}
-    for name in _names(data.get("modules")):
-        known[f"modules.{name}"] = ModuleEntry.model_fields
-        known |= {f"modules.{name}.{place}": keys for place, keys in KNOWN_KEYS.items() if place}
-    for name in _names(data.get("intermediate")):
-        inner = _known_keys(data["intermediate"][name])
-        known |= {f"intermediate.{name}.{place}".rstrip("."): keys for place, keys in inner.items()}
-    return known
 
 
 def _names(node: Any) -> list[str]:

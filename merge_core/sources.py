@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from merge_core.architecture import Architecture
 from merge_core.checkpoint.adapter import Adapter
@@ -25,6 +25,22 @@ if TYPE_CHECKING:
 _MAX_STRUCTURES = 32
 
 
+class Remembered:
+    """What was made of the last few things."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """Return what `build` made for a key, now or before; errors are not remembered."""
+        if key not in self._known:
+            value = build()
+            while len(self._known) >= _MAX_STRUCTURES:
+                del self._known[next(iter(self._known))]
+            self._known[key] = value
+        return self._known[key]
+
+
 class Sources:
     """Open checkpoints, statistics of their deltas, and the structures planned over them.
 
@@ -32,6 +48,10 @@ class Sources:
         keep: keep cast or copied tensors too, within half of the memory that is free: for a
             search, where they are wanted again.
         shared_as: keep casts once for all processes of this host that give the same name.
+
+    Attributes:
+        results: the recipes of intermediate results, by the names under which they are models.
+        prompted: what prompts gave that were run through models.
     """
 
     def __init__(self, keep: bool = False, shared_as: str | None = None) -> None:
@@ -45,43 +65,42 @@ class Sources:
         self.residence = Residence(keep, shared=self._shared)
         self.tokenizers = Tokenizers()
         self._architectures: dict[str, Architecture] = {}
-        self._structures: dict[Hashable, Any] = {}
-        self._recipes: Mapping[str, Recipe] = {}
+        self._structures = Remembered()
+        self.results: Mapping[str, Recipe] = {}
+        self.prompted = Remembered()
         self._leniency = Leniency()
         self._results: dict[str, tuple[str, Architecture]] = {}
         self._adapters: dict[str, Adapter] = {}
-        # By the result's name and the adapter; those of each result's last state.
-        self._adapted_results: dict[str, dict[str, Architecture]] = {}
-        self._apart: Mapping[str, Spelling] = {}
-        self._taken_apart: dict[tuple[str, Spelling], Architecture] = {}
+        # What is made of each result's last state, by its name.
+        self._made_of_results: dict[str, dict[Hashable, Architecture]] = {}
+        self._apart: dict[str, Spelling] = {}
+        self._taken_apart: dict[Hashable, Architecture] = {}
         self.statistics = StatisticsCache(host_share_bytes() // 4 if keep else 0)
 
-    def within(self, recipe: Recipe, **plan_options: Any) -> Sources:
+    def within(self, recipe: Recipe, **plan_options: Any) -> Self:
         """Return these sources as a recipe sees them.
 
-        Its intermediate results are models too. Where one mixture's experts are joined and
-        another's are not, all are seen one by one.
+        Its intermediate results are models too. Where of what it merges one mixture's experts are
+        joined and another's are not, all are seen one by one.
 
         Args:
             recipe: gives the results their names.
             plan_options: of `plan_merge`, for the recipes of those results; without any they stay
                 what they are.
         """
-        apart = self._to_be_taken_apart(recipe)
-        if not recipe.intermediate and not apart:
-            return self
         view = copy.copy(self)
-        view._apart = {**self._apart, **apart}
         if recipe.intermediate:
-            view._recipes = recipe.intermediate
-            view._leniency = Leniency(**plan_options) if plan_options else self._leniency
+            view.results = recipe.intermediate
+        if plan_options:
+            view._leniency = Leniency(**plan_options)
+        view._apart = view._to_be_taken_apart(recipe)
         return view
 
     def _to_be_taken_apart(self, recipe: Recipe) -> dict[str, Spelling]:
         """Find the models whose experts are joined while another's are not, and how to spell them."""
         try:
-            opened = {name: self.architecture(name) for name in recipe.references()}
-        except CheckpointError:  # told with those of all models, when they are opened for the plan
+            opened = {name: self._opened(name) for name in recipe.inputs()}
+        except (CheckpointError, RecipeError):  # told when all are opened for the plan
             return {}
         spellings = [model.expert_spelling for model in opened.values()]
         spelling = next((found for found in spellings if found), None)
@@ -95,7 +114,12 @@ class Sources:
         Raises:
             CheckpointError, HubUnreachableError: it cannot be opened.
         """
-        if (result := result_in(reference, self._recipes)) is not None:
+        whole, spelling = self._opened(reference), self._apart.get(reference)
+        return whole if spelling is None else self._with_single_experts(reference, whole, spelling)
+
+    def _opened(self, reference: str) -> Architecture:
+        """Open a model, its experts as they are stored."""
+        if (result := result_in(reference, self.results)) is not None:
             name, adapter = result
             return self._result(name) if adapter is None else self._adapted_result(name, adapter)
         if reference not in self._architectures:
@@ -103,23 +127,28 @@ class Sources:
             self._architectures[reference] = (
                 Architecture(Checkpoint(reference))
                 if adapter is None
-                else self._adapted(self.architecture(model), adapter)
+                else self._adapted(self._opened(model), adapter)
             )
-        if reference in self._apart:
-            return self._with_single_experts(reference, self._apart[reference])
         return self._architectures[reference]
 
     def makes(self, reference: str) -> bool:
         """Tell whether a model is put together here, by a recipe or an adapter, and lies in no folder."""
-        return bool(result_in(reference, self._recipes)) or split_adapter(reference)[1] is not None
+        return bool(result_in(reference, self.results)) or split_adapter(reference)[1] is not None
 
-    def _with_single_experts(self, reference: str, spelling: Spelling) -> Architecture:
-        """Return a model with its experts one by one, the same one each time."""
+    def _with_single_experts(
+        self, reference: str, whole: Architecture, spelling: Spelling
+    ) -> Architecture:
+        """Return an open model with its experts one by one, the same one each time."""
+        result = result_in(reference, self.results)
+        known = self._taken_apart if result is None else self._made_of(result[0])
         key = reference, spelling
-        if key not in self._taken_apart:
-            whole = self._architectures[reference].checkpoint
-            self._taken_apart[key] = Architecture(ApartCheckpoint(whole, spelling))
-        return self._taken_apart[key]
+        if key not in known:
+            known[key] = Architecture(ApartCheckpoint(whole.checkpoint, spelling))
+        return known[key]
+
+    def _made_of(self, name: str) -> dict[Hashable, Architecture]:
+        """Return the models that are made of a result; they are kept as long as it is."""
+        return self._made_of_results.setdefault(name, {})
 
     def adapter(self, reference: str) -> Adapter:
         """Open an adapter, or return it where it is open already.
@@ -139,12 +168,12 @@ class Sources:
         return Architecture(AdaptedCheckpoint(reference, base, self.adapter(adapter)))
 
     def _adapted_result(self, name: str, adapter: str) -> Architecture:
-        """Return an intermediate result with an adapter; it is kept as long as the result is."""
-        base = self._result(name)
-        adapted = self._adapted_results.setdefault(name, {})
-        if adapter not in adapted:
-            adapted[adapter] = self._adapted(base, adapter)
-        return adapted[adapter]
+        """Return an intermediate result with an adapter."""
+        base, key = self._result(name), f"{name}+{adapter}"
+        known = self._made_of(name)
+        if key not in known:
+            known[key] = self._adapted(base, adapter)
+        return known[key]
 
     def _result(self, name: str) -> Architecture:
         """Return an intermediate result; of each name the last one is kept."""
@@ -155,11 +184,11 @@ class Sources:
         known, architecture = self._results.get(name, ("", None))
         if architecture is None or known != text:
             if architecture is not None:
-                for former in (architecture, *self._adapted_results.pop(name, {}).values()):
+                for former in (architecture, *self._made_of_results.pop(name, {}).values()):
                     self.residence.forget(former.checkpoint)
                     self.statistics.forget(former.checkpoint.identity)
             try:
-                checkpoint = MergedCheckpoint(name, self._recipes[name], self, text, self._leniency)
+                checkpoint = MergedCheckpoint(name, self.results[name], self, text, self._leniency)
             except (CheckpointError, RecipeError) as error:
                 raise type(error)([f"intermediate.{name}: {fault}" for fault in error.faults]) from None
             architecture = Architecture(checkpoint)
@@ -168,15 +197,15 @@ class Sources:
 
     def _text_of(self, name: str) -> str:
         """Return the text of a result's recipe and of all that it uses, which tells it from others."""
-        recipe = self._recipes[name]
-        used = [self._text_of(other) for other in recipe.uses(self._recipes)]
+        recipe = self.results[name]
+        used = [self._text_of(other) for other in recipe.uses(self.results)]
         return "---\n".join([*used, recipe.to_yaml(), repr(self._leniency)])
 
     def plans(self, references: Collection[str]) -> dict[str, MergePlan]:
         """Return the plans of the intermediate results among them, those with adapters too, by name."""
         from merge_core.intermediate import MergedCheckpoint
 
-        results = [result for r in references if (result := result_in(r, self._recipes))]
+        results = [result for r in references if (result := result_in(r, self.results))]
         opened = {name: self._result(name).checkpoint for name, _ in results}
         return {name: c.plan for name, c in opened.items() if isinstance(c, MergedCheckpoint)}
 
@@ -185,7 +214,7 @@ class Sources:
         return tuple(
             self.architecture(reference).checkpoint.structure
             for reference in references
-            if result_in(reference, self._recipes)
+            if result_in(reference, self.results)
         )
 
     def open_all(self, references: Collection[str], adapters: Collection[str] = ()) -> list[str]:
@@ -201,12 +230,7 @@ class Sources:
 
     def remembered(self, structure: Hashable, build: Callable[[], Any]) -> Any:
         """Return what `build` made of a structure, now or before; errors are not remembered."""
-        if structure not in self._structures:
-            value = build()
-            while len(self._structures) >= _MAX_STRUCTURES:
-                del self._structures[next(iter(self._structures))]
-            self._structures[structure] = value
-        return self._structures[structure]
+        return self._structures.get(structure, build)
 
     def close(self) -> None:
         """Leave what is shared with other processes."""

@@ -35,7 +35,8 @@ def foldings(skeletons: Iterable[Mapping[str, Any]], n_layers: int | None) -> li
     scales: dict[tuple[str, str], tuple[dict[str, None], str]] = {}
     others: dict[str, None] = {}
     for skeleton in skeletons:
-        for part in Recipe.model_validate(skeleton).parts():
+        alone = {key: part for key, part in skeleton.items() if key != "intermediate"}
+        for part in Recipe.model_validate(alone).parts():
             method = METHODS[part.method or ""]
             for kind, where, fix in _cancelled_scales(part, method):
                 methods, _ = scales.setdefault((kind, where), ({}, fix))

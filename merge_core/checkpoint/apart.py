@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_core.checkpoint.read import Checkpoint
@@ -44,6 +45,7 @@ class ApartCheckpoint(Checkpoint):
         import torch
 
         self.__dict__.update(whole.__dict__)
+        self.__dict__.pop("structure", None)  # it has one of its own
         self._whole = whole
         self.is_mapped = whole.is_mapped
         self.tensors = {}
@@ -60,6 +62,11 @@ class ApartCheckpoint(Checkpoint):
     def identity(self) -> str:
         """The other's: what is learned of a tensor goes by its own name."""
         return self._whole.identity
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The other's."""
+        return self._whole.tokenizer_folder
 
     def read(self, name: str) -> Tensor:
         """Return a view of the other checkpoint's tensor; never write into it."""

@@ -5,12 +5,12 @@ The keys are mergekit-moe's, with its defaults; values may be searched like thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from merge_core.errors import RecipeError, nearest, schema_faults
+from merge_core.errors import RecipeError, nearest
 from merge_core.parts import Part
 from merge_core.recipe import Recipe, Reference
 from merge_core.recipe_check import Findings
@@ -95,30 +95,31 @@ class MoeRecipe(Recipe):
     def _no_shared_experts(cls, value: Any) -> Any:
         return () if value is None else value
 
-    @model_validator(mode="after")
-    def _has_one_body(self) -> MoeRecipe:
-        return self  # the experts are
+    def _check_body(self) -> None:
+        """Let it pass: the experts are the body."""
 
     @classmethod
-    def parse(cls, data: Any, strict: bool = True) -> MoeRecipe:
-        """Build a recipe from a mapping and check it whole, see Recipe."""
-        known = {"": cls.own_keys(), **dict.fromkeys(_LISTS, Expert.model_fields)}
+    def built(cls, data: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+        """Build a recipe from a mapping, each value checked by itself, see Recipe."""
+        known = cls.own_keys()
         faults = [
             f"{key} has no place beside experts; remove it"
             if key in Recipe.model_fields
-            else f"{key}: unknown key {str(key)!r}; {nearest(str(key), known[''])}"
+            else f"{key}: unknown key {str(key)!r}; {nearest(str(key), known)}"
             for key, value in data.items()
-            if key not in known[""] and value is not None
+            if key not in known and value is not None
         ]
         try:
-            recipe = cls.model_validate({key: data[key] for key in known[""] if key in data})
-        except ValidationError as error:
-            raise RecipeError(faults + schema_faults(error, known)) from None
-        findings = recipe._findings()
-        faults += findings.faults + (findings.unread if strict else [])
-        if faults:
-            raise RecipeError(faults)
-        return recipe
+            recipe, others = super().built({key: data[key] for key in known if key in data})
+        except RecipeError as error:
+            raise RecipeError(faults + error.faults) from None
+        return recipe, faults + others
+
+    @classmethod
+    def keys_of(cls, data: Mapping[str, Any]) -> dict[str, Iterable[str]]:
+        """Say which keys exist at each place, see Recipe."""
+        own = {"": cls.own_keys(), **dict.fromkeys(_LISTS, Expert.model_fields)}
+        return {**super().keys_of(data), **own}
 
     @classmethod
     def own_keys(cls) -> list[str]:

@@ -66,8 +66,8 @@ class Router:
         return torch.stack([known[expert.prompts][layer] for expert in self._experts])
 
     def _known(self) -> dict[Prompts, Tensor]:
-        key = "router", self._mode, _base_alone(self._recipe).to_yaml()
-        found: dict[Prompts, Tensor] = self._sources.remembered(key, dict)
+        key = self._mode, _base_alone(self._recipe, self._sources).to_yaml()
+        found: dict[Prompts, Tensor] = self._sources.prompted.get(key, dict)
         return found
 
     def _random(self, layer: int) -> list[Tensor]:
@@ -85,12 +85,12 @@ class Router:
         return rows
 
 
-def _base_alone(recipe: MoeRecipe) -> Recipe:
+def _base_alone(recipe: MoeRecipe, sources: Sources) -> Recipe:
     """Return the recipe of the base as it is run, in bfloat16; it may be an intermediate result."""
     base = str(recipe.base_model)
     alone = Recipe.parse(
         {"merge_method": "passthrough", "models": [{"model": base}], "dtype": "bfloat16"}
-    ).model_copy(update={"intermediate": recipe.intermediate})
+    ).model_copy(update={"intermediate": sources.results})
     # No more than it is made of: the prompts are not run anew where another expert has changed.
     return alone.model_copy(update={"intermediate": alone.results()})
 
@@ -154,7 +154,7 @@ class _HiddenStates:
 
         self._tokens = _Tokenizer(str(recipe.base_model), sources)
         # Over sources of its own, so that its casts are not kept.
-        self._model = load_merged(_base_alone(recipe))
+        self._model = load_merged(_base_alone(recipe, sources))
         self._averages = recipe.gate_mode == "hidden_avg"
 
     def row(self, positive: Sequence[str], negative: Sequence[str]) -> Tensor:

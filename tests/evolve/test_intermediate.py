@@ -66,6 +66,30 @@ tasks: [qs_reverse]
 search: {{n_iterations: 4, sampler: random}}
 scoring: {{limit: 6, holdout: 0}}
 """
+MIXED = f"""
+name: one
+base_model: {MODELS}/base
+experts:
+  - {{source_model: {MODELS}/reverse, positive_prompts: [reverse abc]}}
+  - source_model: {MODELS}/sort
+    positive_prompts: [sort abc]
+    residual_scale: {{low: 0.5, high: 1.5}}
+---
+name: two
+base_model: {MODELS}/base
+experts:
+  - {{source_model: {MODELS}/reverse, positive_prompts: [reverse xyz]}}
+  - {{source_model: {MODELS}/largest, positive_prompts: [largest xyz]}}
+---
+merge_method: linear
+models:
+  - {{model: one, parameters: {{weight: {{low: 0.2, high: 1.0}}}}}}
+  - {{model: two, parameters: {{weight: 0.5}}}}
+dtype: float32
+tasks: [qs_reverse]
+search: {{n_iterations: 3, sampler: random}}
+scoring: {{limit: 6, holdout: 6}}
+"""
 NAMES = [
     "t",
     "intermediate.skills.merge_method",
@@ -132,6 +156,23 @@ def test_a_search_over_results_resumes_and_ships_as_scored(search: SearchFile, t
     assert Recipe.load(best) == result.recipe
     assert result.best is not None
     save_merged(Recipe.load(best), tmp_path / "out")
+    for model in (best, tmp_path / "out"):
+        (scored,) = evaluate_models([str(model)], EvalOptions(like=tmp_path / "s"))
+        assert scored["scores"] == result.best.user_attrs["scores"]
+
+
+@pytest.mark.slow
+def test_a_search_over_a_merge_of_mixtures_ships_as_scored(tmp_path: Path) -> None:
+    (tmp_path / "search.yml").write_text(MIXED)
+    search = SearchFile.load(tmp_path / "search.yml")
+    names = [variable.name for variable in Space(search.template).variables]
+    assert names == ["models[0].weight", "intermediate.one.experts[1].residual_scale"]
+    result = run(search, folder=tmp_path / "s")
+    assert [trial.state for trial in result.study.trials()] == [TrialState.COMPLETE] * 3
+    best = tmp_path / "s/best.yml"
+    assert "mergekit-multi does not know experts" in best.read_text()
+    save_merged(Recipe.load(best), tmp_path / "out")
+    assert result.best is not None
     for model in (best, tmp_path / "out"):
         (scored,) = evaluate_models([str(model)], EvalOptions(like=tmp_path / "s"))
         assert scored["scores"] == result.best.user_attrs["scores"]

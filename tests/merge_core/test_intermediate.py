@@ -236,8 +236,16 @@ ONE = "merge_method: linear\nmodels: [{model: a}]\n"
         (f"name: b\n{ONE}---\nname: c\n{ONE}", "b and c is used by no other"),
         (f"name: a\n{ONE}---\n{ONE}", "intermediate results a use each other in a circle"),
         (
-            f"name: b\nbase_model: a\nexperts: [{{source_model: a}}]\n---\n{ONE}",
-            "'b' is a mixture of experts, which no other recipe",
+            f"name: b\nbase_model: a\nexperts: [{{source_model: a}}]\nexperts_per_token: 1\n---\n{ONE}",
+            "intermediate.b.experts[0].positive_prompts is missing",
+        ),
+        (
+            f"name: b\nbase_model: a\nexperts: [{{source_modle: a}}]\n---\n{ONE}modles: []\n",
+            "intermediate.b.experts[0].source_modle: unknown key",
+        ),
+        (
+            f"name: b\nbase_model: a\nexperts: [{{source_model: a}}]\nmodels: []\n---\n{ONE}",
+            "intermediate.b.models has no place beside experts",
         ),
         (f"name: b@1\n{ONE}---\n{ONE}", "intermediate has the name 'b@1'"),
         (
