@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Hashable, Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
 from merge_core.architecture import Architecture
@@ -22,23 +23,26 @@ if TYPE_CHECKING:
     from merge_core.recipe import Recipe
 
 # A search has one structure, or a few where layer ranges or models are searched too.
-_MAX_STRUCTURES = 32
+_MAX_REMEMBERED = 32
 
 
 class Remembered:
-    """What was made of the last few things."""
+    """What was made of the last few things; several threads may ask for it."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Any] = {}
+        self._lock = Lock()
 
     def get(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """Return what `build` made for a key, now or before; errors are not remembered."""
-        if key not in self._known:
-            value = build()
-            while len(self._known) >= _MAX_STRUCTURES:
+        with self._lock:
+            if key in self._known:
+                return self._known[key]
+        made = build()  # may ask for others
+        with self._lock:
+            while len(self._known) >= _MAX_REMEMBERED:
                 del self._known[next(iter(self._known))]
-            self._known[key] = value
-        return self._known[key]
+            return self._known.setdefault(key, made)
 
 
 class Sources:
@@ -68,6 +72,7 @@ class Sources:
         self._structures = Remembered()
         self.results: Mapping[str, Recipe] = {}
         self.prompted = Remembered()
+        self._texts = Remembered()
         self._leniency = Leniency()
         self._results: dict[str, tuple[str, Architecture]] = {}
         self._adapters: dict[str, Adapter] = {}
@@ -199,7 +204,9 @@ class Sources:
         """Return the text of a result's recipe and of all that it uses, which tells it from others."""
         recipe = self.results[name]
         used = [self._text_of(other) for other in recipe.uses(self.results)]
-        return "---\n".join([*used, recipe.to_yaml(), repr(self._leniency)])
+        # What is remembered holds the recipe, so that no other has its id.
+        _, own = self._texts.get(id(recipe), lambda: (recipe, recipe.to_yaml()))
+        return "---\n".join([*used, own, repr(self._leniency)])
 
     def plans(self, references: Collection[str]) -> dict[str, MergePlan]:
         """Return the plans of the intermediate results among them, those with adapters too, by name."""
