@@ -14,8 +14,7 @@ from evolve.known import known_recipes, own_recipes
 from evolve.memory import merged_bytes
 from evolve.objectives import Objectives, constraint_faults
 from evolve.racing import Race
-from evolve.samplers.auto import resolve_sampler
-from evolve.samplers.greedy_soup import soup_faults
+from evolve.samplers.auto import resolve_sampler, sampler_faults
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace, Value
 from evolve.tasks import ScoredTask, TaskSet, reference_faults, report_set
@@ -207,10 +206,8 @@ def make_plan(
     except CheckpointError as error:
         raise SearchFileError(error.faults) from None
     n_objectives = len(search_file.tasks) if search_file.search.objective == "pareto" else 1
-    n_iterations = search_file.search.n_iterations
-    sampler, why = resolve_sampler(search_file.search.sampler, space, n_iterations, n_objectives)
-    search_file = search_file.changed(search={"sampler": sampler}, scoring={"backend": backend})
-    if sampler == "greedy_soup" and (unfit := soup_faults(search_file.search, space)):
+    search_file = search_file.changed(scoring={"backend": backend})
+    if unfit := sampler_faults(search_file.search, space, n_objectives):
         raise SearchFileError(unfit)
     start = space.recipe(space.starts())
     faults = _model_faults(space, start, sources, under_way)
@@ -220,6 +217,7 @@ def make_plan(
     except SearchFileError as error:
         faults += error.faults
     sets: list[TaskSet] = []
+    why = ""
     for make, specs in ((TaskSet, search_file.tasks), (report_set, search_file.report_only)):
         if make is report_set and not specs:
             continue
@@ -234,13 +232,7 @@ def make_plan(
                 )
             sets.append(tasks)
             if make is TaskSet:
-                signal = resolve_signal(search_file.search, tasks)
-                search_file = search_file.changed(search={"signal": signal})
-                tasks.following(signal)
-                racing = resolve_racing(search_file.search, tasks)
-                search_file = search_file.changed(search={"racing": racing})
-                polish = resolve_polish(search_file.search, space)
-                search_file = search_file.changed(search={"polish": polish})
+                search_file, why = _resolved(search_file, tasks, space, n_objectives)
         except SearchFileError as error:
             faults += error.faults
     if not faults:  # a signal at fault is told above
@@ -286,6 +278,27 @@ def make_plan(
     )
     known = known_recipes(space, own, lambda model: sources.architecture(model).n_layers)
     return Plan(search_file, space, tasks, sources, start, setup, why, known, tuple(notes), *reported)
+
+
+def _resolved(
+    search_file: SearchFile, tasks: TaskSet, space: SearchSpace, n_objectives: int
+) -> tuple[SearchFile, str]:
+    """Return the file with what `auto` means for signal, racing, sampler and polish, and why the sampler.
+
+    Raises:
+        SearchFileError: what is asked for cannot be had with these tasks.
+    """
+    signal = resolve_signal(search_file.search, tasks)
+    tasks.following(signal)
+    search_file = search_file.changed(search={"signal": signal})
+    racing = resolve_racing(search_file.search, tasks)
+    search_file = search_file.changed(search={"racing": racing})
+    settings = search_file.search
+    sampler, why = resolve_sampler(
+        settings.sampler, space, settings.n_iterations, n_objectives, racing == "always"
+    )
+    polish = resolve_polish(settings, space)
+    return search_file.changed(search={"sampler": sampler, "polish": polish}), why
 
 
 def _base_on_disk(recipe: Recipe) -> str | None:

@@ -115,7 +115,7 @@ def search(
 ) -> list[FrozenTrial]:
     """Search with the product's proposer; `rate` evaluates a candidate by number and point."""
     over = bench.space
-    name, _ = resolve_sampler(sampler, over, n, n_objectives)
+    name, _ = resolve_sampler(sampler, over, n, n_objectives, is_raced)
     racing = "always" if is_raced else "none"
     asked = SearchSettings.model_validate(
         {"sampler": name, "n_iterations": n, "seed": bench.seed, "racing": racing}

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from evolve.errors import SearchFileError
 from evolve.samplers import derived_rng, make_sampler
-from evolve.samplers.auto import resolve_sampler
+from evolve.samplers.auto import resolve_sampler, sampler_faults
 from evolve.samplers.cma import losses
+from evolve.search_file import SearchSettings
 from evolve.space import Space
 
 from ..benchmarks.unstored import Values, numbers, running, search, weights
@@ -162,6 +162,7 @@ def test_auto_chooses_by_what_is_searched() -> None:
     switch = Space({"merge_method": method, "base_model": "base", "models": models})
     assert resolve_sampler("auto", weights(4), 100)[0] == "gp"
     assert resolve_sampler("auto", weights(4), 1000)[0] == "cma"
+    assert resolve_sampler("auto", weights(4), 100, is_raced=True)[0] == "cma"
     assert resolve_sampler("auto", weights(40), 100)[0] == "cma"
     assert resolve_sampler("auto", weights(1), 100)[0] == "tpe"
     assert resolve_sampler("auto", switch, 100)[0] == "tpe"
@@ -171,8 +172,10 @@ def test_auto_chooses_by_what_is_searched() -> None:
 
 
 def test_several_objectives_are_not_for_cma() -> None:
-    with pytest.raises(SearchFileError, match="use nsga2, tpe or gp"):
-        resolve_sampler("cma", weights(4), 100, 2)
+    [fault] = sampler_faults(SearchSettings(sampler="cma"), weights(4), 2)
+    assert "use nsga2, tpe or gp" in fault
+    assert sampler_faults(SearchSettings(sampler="cma"), weights(4), 1) == []
+    assert sampler_faults(SearchSettings(sampler="gp"), weights(4), 2) == []
 
 
 # ---- CMA-ES -----------------------------------------------------------------------------------
