@@ -220,6 +220,15 @@ def test_it_ends_the_same_wherever_it_is_interrupted(
     ).read_text()
 
 
+def test_the_last_fifth_is_drawn_around_the_best_of_all_before(finished: StudyResult) -> None:
+    trials = finished.study.trials()
+    around = [trial.user_attrs.get("polish", {}).get("around") for trial in trials]
+    assert [numbers is not None for numbers in around] == [False] * (N - N // 5) + [True] * (N // 5)
+    assert all(
+        max(numbers) < trial.number for trial, numbers in zip(trials, around, strict=True) if numbers
+    )
+
+
 def test_a_search_that_goes_on_races_as_it_began(tmp_path: Path) -> None:
     auto = {"racing": "auto", "signal": "likelihood"}
     run(raced(8, **auto), folder=tmp_path / "s")
