@@ -1,7 +1,7 @@
 """Samplers, signals, racing and fronts compared on the replay bench, with many seeds.
 
     python tests/benchmarks/replayed.py samplers | signals | fronts   [--seeds 10] [--n N]
-    python tests/benchmarks/replayed.py racing [--sampler cma] [--signal likelihood] [--seeds 10] [--n N]
+    python tests/benchmarks/replayed.py racing [--sampler cma] [--signal likelihood] [--first 0] [--seeds 10]
 
 Each search runs the product's own samplers, proposer and racing; only merge, load and score are
 replayed (see replay.py). Half of the documents, drawn by seed, rank candidates, the others are the
@@ -294,11 +294,11 @@ def signals(n_seeds: int, n: int) -> None:
     compare(arms, n_seeds, "likelihood")
 
 
-def racing(n_seeds: int, n: int, sampler: str, signals: Sequence[str]) -> None:
+def racing(seeds: Sequence[int], n: int, sampler: str, signals: Sequence[str]) -> None:
     """Compare raced searches with full ones: documents asked, and how the winner's scores compare."""
     for signal in signals:
         rows = []
-        for seed in range(n_seeds):
+        for seed in seeds:
             bench = Bench(seed)
             whole, part = full(bench, sampler, n, signal), raced(bench, sampler, n, signal)
             error = bench.standard_error(whole.point)
@@ -325,7 +325,7 @@ def racing(n_seeds: int, n: int, sampler: str, signals: Sequence[str]) -> None:
             within = int(table[:, 4 + 3 * i].sum())
             print(
                 f"  {name:16} full {a:.3f}, raced {b:.3f}; within one standard error on {within} of "
-                f"{n_seeds}",
+                f"{len(seeds)}",
                 flush=True,
             )
 
@@ -355,10 +355,13 @@ def main() -> None:
     parser.add_argument("--n", type=int, help="candidates; default 120, for fronts 88")
     parser.add_argument("--sampler", default="auto", help="of the searches that are raced")
     parser.add_argument("--signal", choices=KINDS, action="append", help="followed; default: each")
+    parser.add_argument("--first", type=int, default=0, help="the first seed that is raced")
     given = parser.parse_args()
     n = given.n or (88 if given.what == "fronts" else 120)
     if given.what == "racing":
-        racing(given.seeds, n, given.sampler, given.signal or list(KINDS))
+        racing(
+            range(given.first, given.first + given.seeds), n, given.sampler, given.signal or list(KINDS)
+        )
     else:
         compared[given.what](given.seeds, n)
 
