@@ -1,7 +1,7 @@
 """Samplers, signals, racing and fronts compared on the replay bench, with many seeds.
 
     python tests/benchmarks/replayed.py samplers | signals | fronts   [--seeds 10] [--n N]
-    python tests/benchmarks/replayed.py racing [--sampler cma] [--signal likelihood] [--first 0] [--seeds 10]
+    python tests/benchmarks/replayed.py racing [--sampler cma] [--signal likelihood] [--first 0] [...]
 
 Each search runs the product's own samplers, proposer and racing; only merge, load and score are
 replayed (see replay.py). Half of the documents, drawn by seed, rank candidates, the others are the
