@@ -2,7 +2,8 @@
 
     python tests/benchmarks/kill_workers.py [--workers 3] [--kills 6] [--every 20] [--candidates 400]
 
-Of the Ray actors of one `evolve run` one, drawn by seed, is killed (kill -9) every so many seconds.
+Of the Ray actors of one `evolve run` that score a candidate one, drawn by seed, is killed (kill -9)
+every so many seconds or, with `--every 0`, whenever another equal share of the candidates is done.
 The search has to complete: every candidate COMPLETE once or FAILED with its kind and text, and at
 least 80% COMPLETE.
 """
@@ -61,10 +62,17 @@ def actors(driver: int) -> dict[int, str]:
     return {p: name for p, name in names.items() if name.startswith("ray::_Actor") and is_below(p)}
 
 
+def done(folder: Path) -> int:
+    """Return how many candidates of a search have their outcomes."""
+    return len(list(folder.glob("outcomes/trial-*.parquet")))
+
+
 def survive(
     place: Path, n_workers: int, n_kills: int, every_s: float, n_candidates: int, seed: int = 0
 ) -> Survived:
     """Run a search of the quickstart's models and kill its workers.
+
+    Without `every_s` the kills are spread over the candidates, so that no machine is too fast for them.
 
     Raises:
         AssertionError: it did not complete, or lost or doubled a candidate, or too many failed.
@@ -81,18 +89,20 @@ def survive(
         )
     rng, kills = random.Random(seed), []
     try:
-        while run.poll() is None and not list(folder.glob("outcomes/trial-*.parquet")):
+        while not done(folder) and run.poll() is None:
             time.sleep(0.1)
+        first = time.monotonic()
         while len(kills) < n_kills:
-            due = time.monotonic() + every_s
-            while run.poll() is None and time.monotonic() < due:
-                time.sleep(0.1)
-            found = {p: name for p, name in actors(run.pid).items() if "evaluate" in name}
             assert run.poll() is None, f"the search ended after {len(kills)} kills"
-            if found:
+            shares = done(folder) * (n_kills + 1) / n_candidates
+            if every_s:
+                shares = (time.monotonic() - first) / every_s
+            found = {p: name for p, name in actors(run.pid).items() if "evaluate" in name}
+            if found and shares >= len(kills) + 1:
                 process = rng.choice(sorted(found))
                 kills.append(found[process])
                 subprocess.run(["kill", "-9", str(process)], check=True)
+            time.sleep(0.05)
         status = run.wait(timeout=3600)
     finally:
         run.terminate()
