@@ -22,6 +22,7 @@ ADDRESSES = {
         "evolve/loop.py",
         "evolve/report.py",
         "evolve/rehearsal.py",
+        "evolve/dashboard.py",
     ),
     "cma": ("evolve/samplers/",),
     "ray": ("evolve/workers/ray.py",),

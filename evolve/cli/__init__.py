@@ -1,4 +1,4 @@
-"""The commands: evolve run | status | report | export | merge | extract-lora | methods | eval.
+"""The commands: run, status, report, dashboard, export, merge, extract-lora, methods and eval.
 
 Only the command line lives here, one file a command; what a command does is imported when it runs, so
 that `evolve --help` answers at once.
@@ -10,6 +10,7 @@ import os
 
 import typer
 
+from evolve.cli.dashboard import dashboard
 from evolve.cli.evaluate import evaluate
 from evolve.cli.export import export
 from evolve.cli.extract_lora import extract_lora
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(status)
 app.command()(report)
+app.command()(dashboard)
 app.command()(export)
 app.command()(merge)
 app.command("extract-lora")(extract_lora)

@@ -6,19 +6,15 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from plotly.offline import get_plotlyjs
 
 from evolve.html_report import html_report
-from evolve.objectives import Rating
 from evolve.report import study_json
-from evolve.samplers import Proposal
-from evolve.search_file import SearchFile
 from evolve.study import Study
-from evolve.tasks import Outcome
-from evolve.workers.worker import Seconds
+
+from .recorded import recorded
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)></script>"
 
@@ -51,39 +47,14 @@ class Parsed(HTMLParser):
             self.text += data
 
 
-def search_file(task: str, n_values: int) -> SearchFile:
-    data: dict[str, Any] = {
-        "merge_method": {"choices": ["ties", "dare_ties"]},
-        "base_model": "base",
-        "models": [
-            {"model": m, "parameters": {"weight": {"low": 0, "high": 1}, "density": 0.5}} for m in "ab"
-        ],
-        "tasks": [task, "other"],
-        "search": {"sampler": "random", "objective": "pareto" if n_values > 1 else "weighted_sum"},
-    }
-    return SearchFile(data, "reported")
-
-
 def reported(folder: Path, task: str, failure: str, n: int = 12, n_values: int = 1) -> tuple[Study, str]:
-    """A study of n candidates, every fifth failed, and its report."""
-    file = search_file(task, n_values)
-    space = file.space(lambda model: 2)
-    with Study.create_or_resume(folder, None, file, {}, n_values) as study:
-        for number in range(n):
-            values = {v.name: v.from_unit(((number + 1) * 0.618034) % 1) for v in space.variables}
-            study.begin(number, Proposal(values), space)
-            if number % 5 == 4:
-                study.fail(number, "engine", failure, Seconds(1.0, 0.0, 0.0))
-                continue
-            scores = {task: (number * 7 % 10) / 10, "other": (number * 3 % 10) / 10}
-            rating = Rating(list(scores.values())[:n_values], sum(scores.values()), {})
-            outcomes = {task: [Outcome("leaf", 0, scores[task])]}
-            study.complete(number, rating, scores, outcomes, Seconds(0.1, 0.2, 0.3), {})
-        study.keep_note("documents", {task: "10 search"})
-        best = study.best()
-        assert best is not None
-        data = study_json(study, space.recipe(best.params), None)
-        return study, html_report(study, space, data)
+    """A study and its report."""
+    study = recorded(folder, task, failure, n, n_values)
+    best = study.best()
+    assert best is not None
+    space = study.search_file().space(lambda model: 2)
+    data = study_json(study, space.recipe(best.params), None)
+    return study, html_report(study, space, data)
 
 
 @pytest.mark.parametrize("n_values", [1, 2])
