@@ -41,7 +41,8 @@ def race_of(settings: SearchSettings, tasks: TaskSet) -> Race | None:
 def resolve_racing(settings: SearchSettings, tasks: TaskSet) -> str:
     """Choose for `auto`: race where that saves most of the documents, and the likelihood is followed.
 
-    A few zeros and ones say too little: raced by the metric, or both, winners fall behind (README).
+    A few zeros and ones say too little: raced by the metric, or both, winners fall behind
+    (configs/README.md).
 
     Args:
         settings: with the signal resolved.
@@ -85,7 +86,8 @@ def resolve_adapters(
 ) -> int | str:
     """Choose for `auto`: several candidates at once on a GPU, where vLLM can serve all as adapters.
 
-    On a CPU each is merged: with many documents serving them together was slower there (README).
+    On a CPU each is merged: with many documents serving them together was slower there
+    (merge_core/README.md).
 
     Args:
         search_file: with the backend resolved.

@@ -121,9 +121,17 @@ def test_the_readmes_map_names_every_module() -> None:
         assert (ROOT / entry).exists(), entry
 
 
-def test_the_readmes_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("folder", [".", "configs", "merge_core", "evolve"])
+def test_a_pages_links_lead_somewhere(folder: str) -> None:
+    """Those into a page lead to a heading of it."""
+    page = ROOT / folder / "README.md"
+    for target, heading in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text()):
+        found = page.parent / target if target else page
+        assert found.exists(), target
+        if heading:
+            headings = re.findall(r"(?m)^#+ (.*)$", found.read_text())
+            anchors = [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings]
+            assert heading in anchors, heading
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yml")), ids=lambda path: path.name)

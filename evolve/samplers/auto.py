@@ -7,9 +7,9 @@ from evolve.search_file import SearchSettings
 from evolve.space import SearchSpace
 
 # A Gaussian process found better candidates and larger fronts on the replay and on the quickstart's
-# models, not on the testbed's (README); what it costs to ask grows with the cube of the candidates, and
-# steeply with the objectives. Of estimates from a few documents it makes no more than cma does, and raced
-# winners of cma were the more reliable ones.
+# models, not on the testbed's (configs/README.md); what it costs to ask grows with the cube of the
+# candidates, and steeply with the objectives. Of estimates from a few documents it makes no more than
+# cma does, and raced winners of cma were the more reliable ones.
 GP_CANDIDATES, GP_VARIABLES, GP_OBJECTIVES = 200, 20, 3
 
 
