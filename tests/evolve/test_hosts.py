@@ -49,6 +49,7 @@ def killed_after(n: int) -> Any:
     return watch
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_another_host_as_if_it_had_not_moved(
     postgresql: PostgreSQL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,11 +28,9 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from ..stand_in_hub import SERVER, need
+
 ROOT = Path(__file__).resolve().parents[2]
-SERVER = ROOT.parent / "shared/hub/serve.py"
-if not SERVER.is_file():
-    SERVER = Path("/work/shared/hub/serve.py")
-pytestmark = pytest.mark.skipif(not SERVER.is_file(), reason=f"no stand-in Hub at {SERVER}")
 
 LOCATE = """
 import sys
@@ -104,6 +102,7 @@ class Hub:
 @pytest.fixture
 def hub(tmp_path: Path, llamas: Any) -> Iterator[Hub]:
     """Models org/open, org/gated and org/big, which has two shards of 3 MB."""
+    need()
     models = tmp_path / "hub/models"
     for name in ("open", "gated", "big"):
         shutil.copytree(llamas.x, models / "org" / name)

@@ -1,14 +1,12 @@
 """The user's own line, `evolve run search.yml --n-iterations N --task mmlu`, with models and data by
 Hub id: interrupted, killed, resumed, exported, merged, evaluated.
 
-`EVOLVE_HUB` names the folder of a stand-in Hub's scripts (make_data.py, serve.py); the models are
-random, so scores say nothing.
+The models are random, so scores say nothing.
 """
 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
+from ..stand_in_hub import make_data, served
+
 ROOT = Path(__file__).resolve().parents[2]
-HUB = Path(os.environ.get("EVOLVE_HUB", ROOT.parent / "shared/hub"))
 TOKENIZER = ROOT / "configs/quickstart/models/base"
 N_SUBJECTS = 57
 
@@ -55,24 +54,11 @@ class Hub:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    if not (HUB / "serve.py").is_file():
-        pytest.skip("there is no stand-in Hub")
     root = tmp_path_factory.mktemp("hub")
-    subprocess.run([sys.executable, str(HUB / "make_data.py"), str(root)], check=True)
+    make_data(root)
     for seed, name in enumerate(("base", "poet", "sage")):
         save_model(root / "models/tiny" / name, seed)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(HUB / "serve.py"), str(root), "--port", str(port)])
     folder = tmp_path_factory.mktemp("user")
-    environment = {
-        **{k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")},
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(folder / "cache"),
-        "PYTHONPATH": str(ROOT),
-    }
     data = {
         "merge_method": "task_arithmetic",
         "base_model": "tiny/base",
@@ -84,11 +70,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "scoring": {"limit": 60, "holdout": 60},
     }
     (folder / "search.yml").write_text(yaml.safe_dump(data))
-    try:
+    kept = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    with served(root) as address:
+        environment = {
+            **kept,
+            "HF_ENDPOINT": address,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(folder / "cache"),
+            "PYTHONPATH": str(ROOT),
+        }
         yield Hub(environment, folder)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def save_model(folder: Path, seed: int) -> None:

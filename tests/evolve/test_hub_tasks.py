@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HUB = ROOT.parent / "shared/hub"
-pytestmark = pytest.mark.skipif(not HUB.is_dir(), reason=f"no stand-in Hub at {HUB}")
 
 LONG = 4096
 FEW = "group: few\ntask:\n  - group: two\n    task: [mmlu_anatomy, mmlu_virology]\n"
@@ -55,21 +50,11 @@ def middle(values):
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a client of the stand-in Hub."""
+    from .. import stand_in_hub  # here, since as a script this file is in no package
+
     root = tmp_path_factory.mktemp("hub")
-    subprocess.run([sys.executable, str(HUB / "make_data.py"), str(root)], check=True)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
-    command = [sys.executable, str(HUB / "serve.py"), str(root), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"{address}/api/whoami-v2", timeout=1)
-                break
-            except OSError:
-                time.sleep(0.05)
+    stand_in_hub.make_data(root)
+    with stand_in_hub.served(root) as address:
         yield {
             **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
             "HF_ENDPOINT": address,
@@ -79,9 +64,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             "TQDM_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
         }
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.fixture(scope="module")

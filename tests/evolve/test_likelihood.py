@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -325,12 +325,8 @@ def told(study: Study) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT):
         return run(small(), folder=tmp_path_factory.mktemp("whole") / "s")
-    finally:
-        os.chdir(before)
 
 
 def test_the_sampler_follows_the_likelihood(finished: StudyResult) -> None:

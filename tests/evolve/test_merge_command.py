@@ -9,9 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -28,11 +25,9 @@ from evolve.cli.merge import _NOTHING_TO_DO
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
 
+from ..stand_in_hub import served
+
 ROOT = Path(__file__).resolve().parents[2]
-SERVER = ROOT.parent / "shared/hub/serve.py"
-if not SERVER.is_file():
-    SERVER = Path("/work/shared/hub/serve.py")
-needs_server = pytest.mark.skipif(not SERVER.is_file(), reason=f"no stand-in Hub at {SERVER}")
 
 TEXT = """# made by hand
 merge_method: dare_ties
@@ -328,24 +323,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, llamas: Any) -> Iterator[tuple
         (models / "org" / name / "README.md").write_text(f"---\nlicense: {license_}\n---\n# {name}\n")
     (models / "someone/locked").mkdir(parents=True)
     (models / "someone/locked/.private").touch()
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as free:
-        port = free.server_port
-    server = subprocess.Popen(
-        [sys.executable, str(SERVER), str(root), "--port", str(port)], stdout=subprocess.DEVNULL
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"{address}/api/models/org/x", timeout=1)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None, "the stand-in Hub ended"
-                time.sleep(0.05)
+    with served(root) as address:
         yield address, models
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 def settings(address: str, home: Path, token: str | None = "secret") -> dict[str, str]:
@@ -358,7 +337,6 @@ def settings(address: str, home: Path, token: str | None = "secret") -> dict[str
     }
 
 
-@needs_server
 def test_models_of_the_hub_are_merged_and_the_merge_is_uploaded(
     hub: tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -382,7 +360,6 @@ def test_models_of_the_hub_are_merged_and_the_merge_is_uploaded(
         assert (uploaded / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@needs_server
 def test_a_failed_upload_keeps_the_folder(hub: tuple[str, Path], recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     environment = settings(hub[0], tmp_path / "home", token="wrong")
@@ -394,7 +371,6 @@ def test_a_failed_upload_keeps_the_folder(hub: tuple[str, Path], recipe: Path, t
     assert (out / "model.safetensors").is_file()
 
 
-@needs_server
 @pytest.mark.parametrize(
     ("repo", "token", "expected"),
     [

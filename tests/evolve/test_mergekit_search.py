@@ -1,5 +1,6 @@
 """Whole searches of mergekit-evolve files on the quickstart's models."""
 
+import contextlib
 import json
 import os
 import signal
@@ -43,12 +44,8 @@ def told(study: Study) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT):
         return run(example(), folder=tmp_path_factory.mktemp("whole") / "s")
-    finally:
-        os.chdir(before)
 
 
 def test_the_example_runs_and_its_objective_is_the_sum_as_written(finished: StudyResult) -> None:
@@ -135,6 +132,7 @@ def test_the_resolved_file_is_the_same_search(finished: StudyResult, tmp_path: P
             assert Recipe.load(tmp_path / "recipe.yml") == plan.space.recipe(told(again.study)[3][1])
 
 
+@pytest.mark.slow
 def test_kill_9_changes_nothing(finished: StudyResult, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     search = tmp_path / "search.yml"

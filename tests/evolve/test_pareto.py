@@ -1,7 +1,7 @@
 """Whole searches for a Pareto front, and under constraints, on the quickstart's models."""
 
+import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,8 @@ def told(study: Study) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT):
         return run(small(), folder=tmp_path_factory.mktemp("pareto") / "s", progress=watch)
-    finally:
-        os.chdir(before)
 
 
 def test_trials_have_a_value_a_task(finished: StudyResult) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,8 @@ def raced(n: int = N, **search: Any) -> SearchFile:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT):
         return run(raced(), folder=tmp_path_factory.mktemp("raced") / "s")
-    finally:
-        os.chdir(before)
 
 
 def record(study: Study) -> list[Any]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,9 +16,10 @@ from evolve.errors import SearchFileError, TrialEngineError
 from evolve.redaction import printable, redacted
 from evolve.search_file import SearchFile
 
+from ..stand_in_hub import served
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs/quickstart/models"
-HUB = Path(os.environ.get("EVOLVE_HUB", ROOT.parent / "shared/hub"))
 TOKEN = "hf_aB3dE5fG7hJ9kL1mN3pQ5rS7tU9vW1xY3z"
 
 
@@ -77,29 +77,19 @@ def test_a_search_file_with_a_secret_is_refused_by_place_and_not_by_value() -> N
 @pytest.fixture(scope="module")
 def private_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A stand-in Hub with the private models me/base and me/sort; the environment to reach it."""
-    if not (HUB / "serve.py").is_file():
-        pytest.skip("there is no stand-in Hub")
     root = tmp_path_factory.mktemp("hub")
     for name in ("base", "sort"):
         shutil.copytree(QUICKSTART / name, root / "models/me" / name)
         (root / "models/me" / name / ".private").touch()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = [str(root), "--port", str(port), "--token", TOKEN]
-    server = subprocess.Popen([sys.executable, str(HUB / "serve.py"), *arguments])
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    try:
+    with served(root, TOKEN) as address:
         yield {
             **kept,
-            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_ENDPOINT": address,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(tmp_path_factory.mktemp("home")),
             "PYTHONPATH": str(ROOT),
         }
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 def evolve(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 """Whole searches on the quickstart's models: resume, failures, scored = shipped."""
 
+import contextlib
 import json
 import os
 import signal
@@ -50,12 +51,8 @@ def told(study: Study) -> list[tuple[int, dict[str, Any], float | None, dict[str
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     """An undisturbed search of 8 candidates."""
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT):
         return run(small(), folder=tmp_path_factory.mktemp("whole") / "s")
-    finally:
-        os.chdir(before)
 
 
 def test_a_search_records_every_candidate_and_its_outcomes(finished: StudyResult) -> None:

@@ -1,5 +1,6 @@
 """Pools: workers that die, break, hang or do not start are replaced, and their jobs tried again."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -144,13 +145,9 @@ def test_after_which_errors_a_worker_is_not_trusted(
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with contextlib.chdir(ROOT):
         file = SearchFile.load(ROOT / "configs/quickstart.yml")
         return make_plan(file.changed(search={"n_iterations": 4}, scoring={"limit": 4, "holdout": 4}))
-    finally:
-        os.chdir(before)
 
 
 def break_engine(worker: Worker, error: Exception) -> None:

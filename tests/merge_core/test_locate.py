@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..stand_in_hub import free_port, served
+
 ROOT = Path(__file__).parents[2]
-SERVER = ROOT.parent / "shared/hub/serve.py"
-needs_server = pytest.mark.skipif(not SERVER.is_file(), reason=f"no stand-in Hub at {SERVER}")
 
 # Locates each reference in turn, and with MERGE set also merges it; one JSON object a line.
 CLIENT = """
@@ -49,12 +45,6 @@ for reference in sys.argv[1:]:
 NEEDED = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 NEEDED += ["chat_template.jinja", "generation_config.json"]
 UNNEEDED = ["README.md", "pytorch_model.bin", "tf_model.h5", "training_args.bin", "plot.png"]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 ADAPTED = "model.layers.1.self_attn.q_proj"
@@ -95,24 +85,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, llamas) -> Iterator[tuple[str,
     (models / "pickled/model.safetensors").unlink()
     for file in ("model.safetensors", "pytorch_model.bin"):
         (models / "weightless" / file).unlink()
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, str(SERVER), str(root), "--port", str(port), "--token", "secret"],
-        stdout=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(200):
-            try:
-                urllib.request.urlopen(f"{address}/api/models/org/tiny", timeout=1)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None, "the stand-in Hub ended"
-                time.sleep(0.05)
+    with served(root) as address:
         yield address, models
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 def run_client(address: str, home: Path, *references: str, cwd: Path, **environment: str) -> list[dict]:
@@ -189,27 +163,23 @@ def sums(model: str) -> dict[str, float]:
     return {name: float(tensor.double().sum()) for name, tensor in tensors.items()}
 
 
-@needs_server
 def test_an_id_downloads_the_needed_files_and_merges(found, llamas):
     assert found["org/tiny"].get("faults") is None
     assert set(NEEDED) <= set(found["org/tiny"]["files"])
     assert found["org/tiny"]["sums"] == pytest.approx(sums(llamas.x))
 
 
-@needs_server
 @pytest.mark.parametrize("file", UNNEEDED)
 def test_files_that_a_merge_does_not_need_are_not_downloaded(found, file):
     assert file not in found["org/tiny"]["files"]
 
 
-@needs_server
 @pytest.mark.parametrize("file", ["consolidated.safetensors", "original/consolidated.safetensors"])
 def test_second_copies_of_the_weights_are_not_downloaded(found, file):
     assert "model.safetensors" in found["org/extra"]["files"]
     assert file not in found["org/extra"]["files"]
 
 
-@needs_server
 def test_bin_weights_are_downloaded_where_there_are_no_safetensors(found, llamas):
     assert found["org/pickled"].get("faults") is None
     assert {*NEEDED, "pytorch_model.bin"} - {"model.safetensors"} <= set(found["org/pickled"]["files"])
@@ -218,7 +188,6 @@ def test_bin_weights_are_downloaded_where_there_are_no_safetensors(found, llamas
         assert file not in found["org/pickled"]["files"]
 
 
-@needs_server
 @pytest.mark.parametrize("reference", WITH_ADAPTERS)
 def test_an_adapter_is_downloaded_without_what_lies_beside_it(reference, found, llamas):
     assert found[reference].get("faults") is None
@@ -229,12 +198,10 @@ def test_an_adapter_is_downloaded_without_what_lies_beside_it(reference, found, 
     assert found[reference]["sums"] == pytest.approx(expected, rel=1e-5)
 
 
-@needs_server
 def test_a_revision_may_be_named(found):
     assert found["org/tiny@main"] == found["org/tiny"]
 
 
-@needs_server
 @pytest.mark.parametrize(
     ("reference", "expected"),
     [
@@ -255,7 +222,6 @@ def test_what_cannot_be_had_is_a_checkpoint_error_that_says_what_to_do(found, re
     assert "\n" not in fault
 
 
-@needs_server
 def test_a_private_model_is_found_with_a_token(hub, tmp_path):
     (result,) = run_client(hub[0], tmp_path, "org/secret", cwd=tmp_path, HF_TOKEN="secret")
     assert result.get("faults") is None
@@ -288,7 +254,6 @@ def test_a_revision_that_does_not_exist_is_a_checkpoint_error_that_says_what_to_
         assert text in fault
 
 
-@needs_server
 @pytest.mark.parametrize("offline", [False, True], ids=["down", "offline"])
 def test_a_downloaded_model_is_found_without_the_hub(found, home, tmp_path, offline):
     nobody = f"http://127.0.0.1:{free_port()}"
