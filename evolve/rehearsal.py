@@ -18,13 +18,14 @@ from optuna.trial import TrialState
 
 from evolve.baselines import baseline_jobs
 from evolve.budget import Budget, budget_faults, most_candidates
+from evolve.candidates import commonest_failure
 from evolve.errors import SearchFileError, SearchStoppedError
 from evolve.finals import are_needed, n_finalists
 from evolve.forecast import Amounts, Pace, Scoring
 from evolve.heats import Heats
 from evolve.intervals import is_binary
 from evolve.judge import base_scores
-from evolve.loop import commonest_failure, search
+from evolve.loop import search
 from evolve.plan import Plan
 from evolve.samplers.pace import proposing_seconds
 from evolve.samplers.stages import sampler_of

@@ -20,6 +20,7 @@ ADDRESSES = {
         "evolve/study/",
         "evolve/space/",
         "evolve/loop.py",
+        "evolve/candidates.py",
         "evolve/report.py",
         "evolve/rehearsal.py",
         "evolve/dashboard.py",

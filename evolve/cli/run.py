@@ -141,7 +141,9 @@ def run(
     else:
         print_result(data, str(folder))
     if result.best is None:
-        why = loop.commonest_failure(result.study.trials())
+        from evolve.candidates import commonest_failure
+
+        why = commonest_failure(result.study.trials())
         end([f"no candidate completed; {why}"], EXIT_OTHER)
     if mergekit.save_final_model:
         _save_final_model(folder)

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from evolve import loop
+from evolve import session
 from evolve.automatic import ADAPTERS, resolve_adapters
 from evolve.errors import PausedError, SearchFileError
+from evolve.loop import run
 from evolve.memory import Memory
 from evolve.plan import Plan
 from evolve.search_file import SearchFile
@@ -142,11 +143,11 @@ def test_a_generation_begins_when_the_last_is_told_also_after_an_interruption(
     def start(plan: Plan, workers: Workers, *others: Any) -> Generations:
         return Generations(start_pool(plan, workers, *others), begun)
 
-    monkeypatch.setattr(loop, "start_pool", start)
+    monkeypatch.setattr(session, "start_pool", start)
     file = SearchFile.load("configs/quickstart.yml").changed(
         search={"n_iterations": 8, "sampler": "cma"}, scoring={"limit": 8, "holdout": 8}
     )
-    whole = loop.run(file, folder=tmp_path / "whole").study
+    whole = run(file, folder=tmp_path / "whole").study
     assert begun == [[0, 1, 2], [3, 4, 5], [6, 7]]
     begun.clear()
     told = 0
@@ -158,8 +159,8 @@ def test_a_generation_begins_when_the_last_is_told_also_after_an_interruption(
             raise PausedError
 
     with pytest.raises(PausedError):
-        loop.run(file, folder=tmp_path / "cut", progress=interrupt)
-    resumed = loop.run(file, folder=tmp_path / "cut").study
+        run(file, folder=tmp_path / "cut", progress=interrupt)
+    resumed = run(file, folder=tmp_path / "cut").study
     assert begun == [[0, 1, 2], [3, 4, 5], [4, 5], [6, 7]]
     for one, other in zip(whole.trials(), resumed.trials(), strict=True):
         assert (one.params, one.values) == (other.params, other.values)
