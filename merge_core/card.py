@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from merge_core.checkpoint.locate import locate, split_adapter
 from merge_core.methods import METHODS
 from merge_core.moe.recipe import MoeRecipe
 from merge_core.plan import MergePlan, Sources, origin
@@ -117,7 +118,7 @@ def model_card(
         Markdown with a YAML front matter.
     """
     references = recipe.references()
-    stated = {reference: _license(reference, sources) for reference in references}
+    stated = {name: _license(folder, name) for name, folder in _folders(recipe, sources).items()}
     named = (*references, *recipe.adapters())
     ids = dict.fromkeys(name for reference in named for name in hub_ids(reference))
     front = {
@@ -191,9 +192,19 @@ def _linked(reference: str, recipe: Recipe | None = None) -> str:
     return f"[{reference}](https://huggingface.co/{ids[0]})" if ids else f"`{reference}`"
 
 
-def _license(reference: str, sources: Sources) -> dict[str, str]:
-    """Read what a model's own card says of its licence: the license keys that it has."""
-    front = _front_matter(sources.architecture(reference).checkpoint.folder, reference)
+def _folders(recipe: Recipe, sources: Sources) -> dict[str, Path]:
+    """Return where each model and each adapter lies, by its name alone; a card is in there or nowhere."""
+    models, adapters = {}, recipe.adapters()
+    for reference in recipe.references():
+        model, adapter = split_adapter(reference)
+        models[model] = sources.architecture(reference).checkpoint.folder
+        adapters += [adapter] if adapter else []
+    return models | {adapter: locate(adapter, is_adapter=True) for adapter in adapters}
+
+
+def _license(folder: Path, reference: str) -> dict[str, str]:
+    """Read what a model's or adapter's own card says of its licence: the license keys that it has."""
+    front = _front_matter(folder, reference)
     found = {key: front[key] for key in _LICENSE_KEYS if front.get(key)}
     if isinstance(found.get("license"), list):
         found["license"] = ", ".join(map(str, found["license"]))
@@ -218,13 +229,13 @@ def _front_matter(folder: Path, reference: str) -> Mapping[str, Any]:
 
 
 def _downloaded_card(reference: str) -> Path | None:
-    """Fetch the card of a Hub model; a merge needs no card, so every failure means there is none."""
+    """Fetch the card of a model or adapter of the Hub; a merge needs none, so no failure is told."""
     ids = hub_ids(reference)
     if not ids:
         return None
     from huggingface_hub import hf_hub_download
 
-    revision = reference.partition("+")[0].partition("@")[2] or None
+    revision = reference.partition("@")[2] or None
     try:
         return Path(hf_hub_download(ids[0], "README.md", revision=revision))
     except Exception:

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers import LlamaForCausalLM
 
 from merge_core.card import hub_ids, model_card
 from merge_core.methods import METHODS
 from merge_core.plan import Sources, plan_merge
 from merge_core.recipe import Recipe
+
+from .adapters import saved_adapter
+
+WHOLE = {"parameters": {"weight": 1.0}}
 
 
 @pytest.fixture
@@ -84,6 +89,26 @@ def test_the_licence_is_the_sources_own(
 def test_a_licence_by_name_keeps_name_and_link(card_of: Callable[..., str]) -> None:
     stated = {"license": "other", "license_name": "gemma", "license_link": "https://ai.google.dev/gemma"}
     assert front_of(card_of(stated, stated)).items() >= stated.items()
+
+
+@pytest.mark.parametrize("on", ["a model", "a result"])
+def test_an_adapters_own_licence_counts(llamas: Any, tmp_path: Path, on: str) -> None:
+    adapter = tmp_path / "adapter"
+    saved_adapter(LlamaForCausalLM.from_pretrained(llamas.x), adapter)
+    (adapter / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# a\n")
+    model = tmp_path / "m"
+    shutil.copytree(llamas.x, model)
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# m\n")
+    reference = f"{model if on == 'a model' else 'first'}+{adapter}"
+    first = {"name": "first", "merge_method": "linear", "models": [{"model": str(model), **WHOLE}]}
+    last = {"merge_method": "linear", "models": [{"model": reference, **WHOLE}]}
+    written = tmp_path / "recipe.yml"
+    written.write_text(yaml.safe_dump_all([last] if on == "a model" else [first, last]))
+    recipe = Recipe.load(written)
+    sources = Sources()
+    card = model_card(recipe, sources, plan_merge(recipe, sources), "merged", "text")
+    assert front_of(card)["license"] == "other"
+    assert f"each of which holds for its part: `{model}`: mit; `{adapter}`: cc-by-nc-4.0." in card
 
 
 def test_the_body_says_method_recipe_and_versions(card_of: Callable[..., str]) -> None:
