@@ -9,7 +9,8 @@ metric is the winner.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,22 +75,39 @@ def finals(
     ranked, n_documents = heats.elite(pool, budget, scored)
     # Of a front every member: the sampler finds none better than another.
     n = max(n_finalists(plan), 0 if heats.race else len(study.front()))
+    places = iter(ranked[: 2 * n])
+    scores: dict[int, dict[str, float]] = {}
+    is_spent = False
+
+    def jobs(trials: Sequence[FrozenTrial]) -> Iterator[tuple[str, Job]]:
+        """Yield what has to be scored, by file, as long as the budget allows it."""
+        nonlocal is_spent, n_documents
+        for trial in trials:
+            if (known := _known_scores(plan, trial)) is not None:
+                scores[trial.number] = known
+            elif budget.allows(plan.tasks.n_documents):
+                budget.ask(plan.tasks.n_documents)
+                n_documents += plan.tasks.n_documents
+                recipe = plan.space.recipe(trial.params)
+                prompting = (plan.setup.prompting,)
+                yield _file(trial), Job(str(trial.number), "final", recipe, ("search",), prompting)
+            else:
+                is_spent = True
+                return
+
+    while not is_spent and (trials := list(islice(places, n - len(scores)))):
+        found = kept_outcomes(study, plan, pool, jobs(trials), scored)
+        for trial in trials:
+            if (outcomes := found.get(_file(trial))) is not None:
+                scores[trial.number] = plan.tasks.scores(outcomes["search"])
     by_metric = Objectives(plan.tasks, plan.search_file.search, "metric")
-    finalists: list[Finalist] = []
-    for trial in ranked[: 2 * n]:
-        scores = _known_scores(plan, trial)
-        if scores is None:
-            if not budget.allows(plan.tasks.n_documents):
-                break
-            budget.ask(plan.tasks.n_documents)
-            scores = _scored(study, plan, pool, trial, scored)
-            n_documents += plan.tasks.n_documents
-        if scores is not None:
-            finalists.append(Finalist(trial.number, scores, by_metric.rate(scores, heats.base)))
-        if len(finalists) == n:
-            break
+    finalists = [
+        Finalist(number, scores[number], by_metric.rate(scores[number], heats.base))
+        for number in (trial.number for trial in ranked)
+        if number in scores
+    ]
     if ranked and not finalists:
-        _, kind, text = study.note(f"final-{ranked[0].number} failed")
+        _, kind, text = study.note(f"{_file(ranked[0])} failed")
         raise SearchStoppedError(
             f"no candidate could be scored by the tasks' own metrics ({kind}: {text}); correct the "
             f"task, or run the same command again to try once more"
@@ -110,11 +128,5 @@ def _known_scores(plan: Plan, trial: FrozenTrial) -> dict[str, float] | None:
     return {key: scores[key] for key in keys}
 
 
-def _scored(
-    study: Study, plan: Plan, pool: Pool, trial: FrozenTrial, scored: Callable[[], None]
-) -> dict[str, float] | None:
-    """Score a candidate, or recall its scores; None where it cannot be scored."""
-    recipe = plan.space.recipe(trial.params)
-    job = Job(str(trial.number), "final", recipe, ("search",), (plan.setup.prompting,))
-    outcomes = kept_outcomes(study, plan, pool, job, f"final-{trial.number}", scored)
-    return None if outcomes is None else plan.tasks.scores(outcomes["search"])
+def _file(trial: FrozenTrial) -> str:
+    return f"final-{trial.number}"

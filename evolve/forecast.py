@@ -5,6 +5,7 @@ Pure arithmetic. `evolve.rehearsal` measures the pace, and counts what a plan ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ class Amounts:
 
     Attributes:
         n_candidates: all of the search.
-        n_workers: how many evaluate candidates at once; all that comes after is done one by one.
+        n_workers: how many evaluate candidates, and all that comes after, at once.
         timeout_s: no candidate is begun after so many seconds.
         rounds: before the finals, candidates and the documents new to each of them.
         n_finalists: candidates scored by metric on the search documents.
@@ -144,6 +145,10 @@ def foretell(pace: Pace, amounts: Amounts) -> Forecast:
     job_s = pace.merge_s + pace.load_s + pace.other_s
     judged = amounts.holdout or amounts.search
 
+    def at_once(n: int) -> float:
+        """Return the share of their seconds one by one that `n` jobs take, as each waits for a worker."""
+        return math.ceil(n / amounts.n_workers) / n if n else 0.0
+
     def by_metric(n: int, documents: int) -> float:
         return n * (job_s + pace.by_metric.seconds(documents)) if documents else 0.0
 
@@ -156,17 +161,24 @@ def foretell(pace: Pace, amounts: Amounts) -> Forecast:
         + amounts.reported
         + amounts.n_repetitions * judged
     )
+    # The shortlist is judged beside the baselines, the winner's further tasks beside its repetitions.
+    judging = at_once(len(amounts.baselines) + amounts.n_shortlisted)
+    repeating = at_once(amounts.n_repetitions + bool(amounts.reported))
     return Forecast(
         start_up_s=pace.start_up_s,
         search_s=min(search_s, max(stops_s, pace.first_s)),
-        rounds_s=sum(n * (job_s + pace.by_signal.seconds(new)) for n, new in amounts.rounds if new),
-        finals_s=by_metric(amounts.n_finalists, amounts.search),
-        baselines_s=sum(
+        rounds_s=sum(
+            at_once(n) * n * (job_s + pace.by_signal.seconds(new)) for n, new in amounts.rounds if new
+        ),
+        finals_s=at_once(amounts.n_finalists) * by_metric(amounts.n_finalists, amounts.search),
+        baselines_s=judging
+        * sum(
             job_s + n_promptings * pace.by_metric.seconds(everywhere)
             for n_promptings in amounts.baselines
         ),
-        shortlist_s=by_metric(amounts.n_shortlisted, amounts.holdout) + by_metric(1, amounts.reported),
-        noise_s=by_metric(amounts.n_repetitions, judged),
+        shortlist_s=judging * by_metric(amounts.n_shortlisted, amounts.holdout)
+        + repeating * by_metric(1, amounts.reported),
+        noise_s=repeating * by_metric(amounts.n_repetitions, judged),
         disk_bytes=pace.folder_bytes
         + amounts.n_candidates * pace.trial_bytes
         + n_written * pace.document_bytes,

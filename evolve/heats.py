@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -134,19 +134,14 @@ class Heats:
             # A front's members are all as good; at most twice the round's places are theirs.
             n_on_front = min(len(front(*ratings)), 2 * each.n_candidates)
             ranked = [ranked[j] for j in order[: max(each.n_candidates, n_on_front)]]
-            for trial in ranked:
-                if trial.number not in known:
-                    known[trial.number] = self._told(trial.number)
-                wanted = self._wanted(each, known[trial.number])
-                n_wanted = len({document for every in wanted.values() for document in every})
-                if not n_wanted or not budget.allows(n_wanted, keep_for_finals=True):
-                    continue
-                budget.ask(n_wanted)
-                more = self._asked(trial, wanted, i, pool, scored)
-                if more is not None:
-                    n_asked += n_documents(more)
-                    known[trial.number] = joined(known[trial.number], more)
-                    values[trial.number] = values_of(known[trial.number])
+            known |= {t.number: self._told(t.number) for t in ranked if t.number not in known}
+            jobs = self._round(i, each, ranked, known, budget)
+            found = kept_outcomes(self._study, self._plan, pool, jobs, scored)
+            for number in (trial.number for trial in ranked):
+                if (more := found.get(_file(i, number))) is not None:
+                    n_asked += n_documents(more["search"])
+                    known[number] = joined(known[number], more["search"])
+                    values[number] = values_of(known[number])
             ratings = self._rated(race, ranked, values, points)
         return [ranked[j] for j in ranking(*ratings)], n_asked
 
@@ -188,20 +183,27 @@ class Heats:
             for key, documents in each.documents.items()
         }
 
-    def _asked(
+    def _round(
         self,
-        trial: FrozenTrial,
-        wanted: Mapping[str, list[Document]],
         i: int,
-        pool: Pool,
-        scored: Callable[[], None],
-    ) -> Outcomes | None:
-        """Ask a candidate documents in round `i`; None where they cannot be scored."""
-        job = self.begin(trial.number, self._plan.space.recipe(trial.params))
-        job = replace(job, kind="final", documents=by_leaf(wanted))
-        file = f"round-{i + 1}-{trial.number}"
-        outcomes = kept_outcomes(self._study, self._plan, pool, job, file, scored)
-        return None if outcomes is None else outcomes["search"]
+        each: Round,
+        trials: Sequence[FrozenTrial],
+        known: Mapping[int, Outcomes],
+        budget: Budget,
+    ) -> Iterator[tuple[str, Job]]:
+        """Yield the jobs of round `i`, by file: what is new to each, as long as the budget allows it."""
+        for trial in trials:
+            wanted = self._wanted(each, known[trial.number])
+            n_wanted = len({document for every in wanted.values() for document in every})
+            if n_wanted and budget.allows(n_wanted, keep_for_finals=True):
+                budget.ask(n_wanted)
+                job = self.begin(trial.number, self._plan.space.recipe(trial.params))
+                yield _file(i, trial.number), replace(job, kind="final", documents=by_leaf(wanted))
+
+
+def _file(i: int, number: int) -> str:
+    """Name the file of what a trial gave in round `i`."""
+    return f"round-{i + 1}-{number}"
 
 
 def by_leaf(documents: Mapping[str, list[Document]]) -> Documents:

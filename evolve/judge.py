@@ -27,30 +27,20 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
     if study.best() is None:
         return None
     finalists = frozen_shortlist(study, plan)
-    splits = _splits(plan)
-    jobs = _baseline_jobs(plan)
-    baselines = {
-        job.name: outcomes
-        for i, job in enumerate(jobs)
-        if (outcomes := kept_outcomes(study, plan, pool, job, f"baseline-{i}", scored))
-    }
-    members = _members(study, plan, pool, finalists, splits[-1], scored)
+    *_, split = _splits(plan)
+    baselines, members = _compared(study, plan, pool, finalists, split, scored)
     holdouts = {n: by_split["holdout"] for n, by_split in members.items()}
     number = _winner(study, plan, holdouts)
-    winner = _job(study, plan, number, splits[-1])
-    noise = _noise(study, plan, pool, winner, members[number][splits[-1]], scored)
+    winner = _job(study, plan, number, split)
+    noise, reported = _of_winner(study, plan, pool, winner, members[number][split], scored)
     elsewhere = None
-    if plan.report_only:
-        job = replace(winner, splits=("report",))
-        outcomes = kept_outcomes(study, plan, pool, job, f"report-{number}", scored)
-        if outcomes is None:
-            raise _unscored(study, f"report-{number}", "the tasks of report_only")
+    if plan.report_only and reported is not None:
         by_name = {name: by_split["report"] for name, by_split in baselines.items()}
-        elsewhere = Elsewhere(plan.report_only, outcomes["report"], by_name)
+        elsewhere = Elsewhere(plan.report_only, reported, by_name)
     verdict = conclude(plan.tasks, holdouts, baselines, noise, elsewhere, number)
     if (violations := study.violations(study.trials()[number])) is not None:
         verdict = constrained(verdict, violations, _violations(plan, holdouts[number], baselines))
-    unscored = [job.name for job in jobs if job.name not in baselines]
+    unscored = [job.name for job in _baseline_jobs(plan) if job.name not in baselines]
     unscored += [f"trial {n}" for n in finalists if n not in members]
     own = plan.tasks.notices()  # which the verdict has said
     if notices := [notice for notice in study.note("notices") or () if notice not in own]:
@@ -77,10 +67,12 @@ def base_scores(
     if not plan.objectives.needs_base:
         return None
     jobs = _baseline_jobs(plan)
-    (i,) = (i for i, job in enumerate(jobs) if job.name == plan.start.base_model)
-    outcomes = kept_outcomes(study, plan, pool, jobs[i], f"baseline-{i}", scored)
+    ((file, job),) = (
+        (f"baseline-{i}", job) for i, job in enumerate(jobs) if job.name == plan.start.base_model
+    )
+    outcomes = kept_outcomes(study, plan, pool, [(file, job)], scored).get(file)
     if outcomes is None:
-        name, kind, text = study.note(f"baseline-{i} failed")
+        name, kind, text = study.note(f"{file} failed")
         raise SearchStoppedError(
             f"search.constraints refer to the base model {name}, which could not be scored ({kind}: "
             f"{text}); write a score in place of `not_below: base`"
@@ -157,33 +149,57 @@ def _winner(study: Study, plan: Plan, members: Mapping[int, Outcomes]) -> int:
     return winner_of(plan.tasks, {n: members[n] for n in eligible})
 
 
-def _members(
+def _compared(
     study: Study,
     plan: Plan,
     pool: Pool,
     finalists: list[int],
     split: Split,
     scored: Callable[[], None],
-) -> dict[int, dict[Split, Outcomes]]:
-    """Score the finalists on the holdout, or recall what they scored where there is none.
+) -> tuple[dict[str, dict[Split, Outcomes]], dict[int, dict[Split, Outcomes]]]:
+    """Score baselines by name and finalists by trial; without a holdout, recall the first finalist's.
 
     Raises:
-        SearchStoppedError: none of them can be scored.
+        SearchStoppedError: none of the finalists can be scored.
     """
-    if split != "holdout":
-        return {n: {"search": study.search_outcomes(n), "holdout": {}} for n in finalists[:1]}
-    members = {
-        n: outcomes
-        for n in finalists
-        if (
-            outcomes := kept_outcomes(
-                study, plan, pool, _job(study, plan, n, split), f"holdout-{n}", scored
-            )
-        )
-    }
+    jobs = [(f"baseline-{i}", job) for i, job in enumerate(_baseline_jobs(plan))]
+    on_holdout = {n: f"holdout-{n}" for n in finalists if split == "holdout"}
+    of_finalists = [(file, _job(study, plan, n, split)) for n, file in on_holdout.items()]
+    found = kept_outcomes(study, plan, pool, [*jobs, *of_finalists], scored)
+    members = {n: found[file] for n, file in on_holdout.items() if file in found}
+    if not on_holdout:
+        members = {n: {"search": study.search_outcomes(n), "holdout": {}} for n in finalists[:1]}
     if not members:
         raise _unscored(study, f"holdout-{finalists[0]}", "the holdout")
-    return members
+    return {job.name: found[file] for file, job in jobs if file in found}, members
+
+
+def _of_winner(
+    study: Study, plan: Plan, pool: Pool, winner: Job, recorded: Outcomes, scored: Callable[[], None]
+) -> tuple[Noise | None, Outcomes | None]:
+    """Score the winner twice more, and on the tasks of `report_only`.
+
+    Returns:
+        The noise, None where a repetition fails; the outcomes of those tasks, None where there are none.
+
+    Raises:
+        SearchStoppedError: those tasks cannot be scored.
+    """
+    (split,) = winner.splits
+    again = {
+        f"noise-{winner.name}-{name}": replace(winner, kind="noise", in_reverse=in_reverse)
+        for name, in_reverse in (("again", False), ("reordered", True))
+    }
+    jobs, report = list(again.items()), f"report-{winner.name}"
+    if plan.report_only:
+        jobs.append((report, replace(winner, splits=("report",))))
+    found = kept_outcomes(study, plan, pool, jobs, scored)
+    if plan.report_only and report not in found:
+        raise _unscored(study, report, "the tasks of report_only")
+    repetitions = {file.rpartition("-")[2]: found[file][split] for file in again if file in found}
+    is_known = len(repetitions) == len(again)
+    noise = measured(plan.tasks, split, recorded, repetitions) if is_known else None
+    return noise, found[report]["report"] if plan.report_only else None
 
 
 def _job(study: Study, plan: Plan, number: int, split: Split) -> Job:
@@ -214,19 +230,3 @@ def kept_verdict(study: Study, plan: Plan) -> Verdict | None:
     if not is_whole:
         return None
     return Verdict.recalled(note)
-
-
-def _noise(
-    study: Study, plan: Plan, pool: Pool, winner: Job, recorded: Outcomes, scored: Callable[[], None]
-) -> Noise | None:
-    """Score the winner twice more; None where a repetition fails."""
-    (split,) = winner.splits
-    repetitions = {}
-    for name, in_reverse in (("again", False), ("reordered", True)):
-        job = replace(winner, kind="noise", in_reverse=in_reverse)
-        file = f"noise-{winner.name}-{name}"
-        outcomes = kept_outcomes(study, plan, pool, job, file, scored)
-        if outcomes is None:
-            return None
-        repetitions[name] = outcomes[split]
-    return measured(plan.tasks, split, recorded, repetitions)

@@ -5,7 +5,7 @@ So a run that was interrupted at its end scores only what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from evolve.errors import StorageError, TrialError
@@ -13,39 +13,70 @@ from evolve.plan import Plan
 from evolve.study import Study
 from evolve.tasks import SPLITS, Outcomes, ScoredTask, Split
 from evolve.workers import Pool
-from evolve.workers.worker import Job
+from evolve.workers.worker import Job, Result
 
 
 def kept_outcomes(
-    study: Study, plan: Plan, pool: Pool, job: Job, file: str, scored: Callable[[], None]
-) -> dict[Split, Outcomes] | None:
-    """Score a recipe, or recall its outcomes; None where it cannot be scored, and a note says why.
-
-    Of several promptings the one with the better objective counts, on the holdout if that is asked.
+    study: Study,
+    plan: Plan,
+    pool: Pool,
+    jobs: Iterable[tuple[str, Job]],
+    scored: Callable[[], None],
+) -> dict[str, dict[Split, Outcomes]]:
+    """Score recipes, as many at once as there are workers, or recall their outcomes.
 
     Args:
-        file: names the outcomes, and "FILE failed" the note: [job's name, kind, text].
-        scored: called where something was scored.
+        jobs: each by the name of its file; the next one is drawn when a worker is free for it.
+        scored: called whenever something was scored.
+
+    Returns:
+        Outcomes by file. One that cannot be scored has none, and the note "FILE failed" says why:
+        [job's name, kind, text].
     """
-    if not study.outcomes.has(file):
-        pool.submit(job)
+    found: dict[str, dict[Split, Outcomes]] = {}
+    pending: dict[str, Job] = {}
+    left = iter(jobs)
+    n_at_once = 1 if pool.by_generation else pool.size  # a generation is of trials
+    while True:
+        while len(pending) < n_at_once and (next_one := next(left, None)) is not None:
+            file, job = next_one
+            if study.outcomes.has(file):
+                found[file] = _recalled(study, plan, file, job)
+            else:
+                pool.submit(job)
+                pending[file] = job
+        if not pending:
+            return found
         result = pool.wait()
-        if result.failure:
-            study.keep_note(f"{file} failed", [job.name, *result.failure])
-            return None
-
-        def objective(by_split: Mapping[Split, Outcomes]) -> float:
-            *_, last = (split for split in job.splits if split in SPLITS)
-            tasks = plan.tasks.following(job.signal)
-            return tasks.objective(tasks.scores(by_split[last]))
-
-        every = list(result.outcomes.values())
-        try:
-            study.outcomes.save(file, max(every, key=objective) if len(every) > 1 else every[0])
-        except TrialError as error:
-            study.keep_note(f"{file} failed", [job.name, error.kind, str(error)])
-            return None
+        file = next(file for file, job in pending.items() if job is result.job)
+        job = pending.pop(file)
+        if failure := result.failure or _save(study, plan, file, job, result):
+            study.keep_note(f"{file} failed", [job.name, *failure])
+            continue
         scored()
+        found[file] = _recalled(study, plan, file, job)
+
+
+def _save(study: Study, plan: Plan, file: str, job: Job, result: Result) -> tuple[str, str] | None:
+    """Save a result's outcomes; return kind and text of what makes that impossible.
+
+    Of several promptings the one with the better objective counts, on the holdout if that is asked.
+    """
+
+    def objective(by_split: Mapping[Split, Outcomes]) -> float:
+        *_, last = (split for split in job.splits if split in SPLITS)
+        tasks = plan.tasks.following(job.signal)
+        return tasks.objective(tasks.scores(by_split[last]))
+
+    every = list(result.outcomes.values())
+    try:
+        study.outcomes.save(file, max(every, key=objective) if len(every) > 1 else every[0])
+    except TrialError as error:
+        return error.kind, str(error)
+    return None
+
+
+def _recalled(study: Study, plan: Plan, file: str, job: Job) -> dict[Split, Outcomes]:
     outcomes = study.outcomes.load(file)
     _check(study.outcomes.path(file), plan, job, outcomes)
     return outcomes

@@ -43,10 +43,10 @@ class Pool(Protocol):
     """Whether `size` candidates are begun together, when all before them are told."""
 
     def submit(self, job: Job) -> None:
-        """Start a job; at most `size` may be pending."""
+        """Start a job, or queue it until a worker is free."""
 
     def wait(self) -> Result:
-        """Return the next finished job's result, whichever it is."""
+        """Return the next finished job's result, whichever it is; its job is the very one submitted."""
 
     def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
         """Wait until the engine is up, and measure one worker's memory; see `evolve.memory`."""

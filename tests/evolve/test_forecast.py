@@ -75,10 +75,16 @@ def test_a_search_is_the_sum_of_its_parts() -> None:
     assert found.disk_bytes == 1000 + 11 * 100 + 2 * (2 * 100 + 3 * 60 + 2 * 60)
 
 
-def test_workers_share_the_later_candidates_and_nothing_else() -> None:
-    one, two = foretell(PACE, AMOUNTS), foretell(PACE, replace(AMOUNTS, n_workers=2))
+def test_workers_share_all_but_the_start() -> None:
+    rounds = replace(AMOUNTS, rounds=((3, 10),), n_finalists=3)
+    one, two = foretell(PACE, rounds), foretell(PACE, replace(rounds, n_workers=2))
     assert two.search_s == pytest.approx(20 + 9 * 7 / 2)
-    assert {**two.parts(), "search": 0} == {**one.parts(), "search": 0}
+    assert two.rounds_s == pytest.approx(one.rounds_s * 2 / 3)  # the third waits for a worker
+    assert two.finals_s == pytest.approx(one.finals_s * 2 / 3)
+    assert two.baselines_s == pytest.approx(one.baselines_s * 3 / 5)  # beside the shortlist's three
+    assert two.shortlist_s == pytest.approx(one.shortlist_s * 3 / 5)
+    assert two.noise_s == pytest.approx(one.noise_s / 2)
+    assert two.start_up_s == one.start_up_s
 
 
 def test_rounds_and_finals_come_in_between() -> None:

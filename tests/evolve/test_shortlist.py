@@ -6,21 +6,27 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evolve import session
 from evolve.errors import ResumeRefusedError, SearchFileError
 from evolve.export import export_yaml
 from evolve.judge import frozen_shortlist, shortlist
 from evolve.loop import StudyResult, run
+from evolve.memory import Memory
 from evolve.plan import make_plan
 from evolve.provenance import head_lines
 from evolve.report import print_result, result_json
 from evolve.search_file import SearchFile
 from evolve.study import Study, load_outcomes
+from evolve.workers import Pool
+from evolve.workers.start import start_pool
+from evolve.workers.worker import Job, Result
 from merge_core.card import head_notices
 from merge_core.merge import save_merged
 from merge_core.recipe import Recipe
@@ -134,6 +140,75 @@ def test_a_longer_search_counts_everything_the_holdout_was_asked_about(tmp_path:
     assert set(before) <= set(after)
     assert after[:3] == [trial.number for trial in longer.study.ranked()[:3]]
     assert f"for {len(after)} finalists" in longer.verdict.text
+
+
+# ---- several workers -----------------------------------------------------------------------------
+
+
+class Several:
+    """A pool of three, around one that takes one by one; what was submitted last is answered first."""
+
+    size = 3
+    by_generation = False
+
+    def __init__(self, pool: Pool, log: list[tuple[str, int]]) -> None:
+        self._pool, self._log = pool, log
+        self._jobs: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+        assert len(self._jobs) <= self.size
+
+    def wait(self) -> Result:
+        self._log.append((self._jobs[-1].kind, len(self._jobs)))
+        self._pool.submit(self._jobs.pop())
+        return self._pool.wait()
+
+    def memory(self, references: Sequence[str], dtype: str | None) -> Memory:
+        return self._pool.memory(references, dtype)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def test_several_workers_share_the_end_and_find_what_one_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finals, then baselines and shortlist, then repetitions and what is only reported."""
+    file = small(8, report_only=["qs_reverse"]).changed(search={"signal": "likelihood"})
+    one = run(file, folder=tmp_path / "one")
+    log: list[tuple[str, int]] = []
+    monkeypatch.setattr(session, "start_pool", lambda *args: Several(start_pool(*args), log))
+    several = run(file, folder=tmp_path / "several")
+    assert several.verdict == one.verdict
+    assert several.study.finalists() == one.study.finalists()
+    assert several.study.note("finals") == one.study.note("finals")
+    jobs = [(kind, n) for kind, n in log if kind != "trial"]
+    n_waits = [n for _, n in jobs]
+    n_baselines = len(one.verdict.baselines) if one.verdict else 0
+    end = [3] * (n_baselines + 3 - 2) + [2, 1]  # three are under way until no more are left
+    assert n_waits == [3, 2, 1, *end, 3, 2, 1]
+    assert {kind for kind, _ in jobs[:3]} == {"final"}
+    assert {kind for kind, _ in jobs[-3:]} == {"noise", "winner"}
+
+
+def test_rounds_of_a_race_are_shared_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job of a round is counted before the next one is drawn."""
+    data = SearchFile.load(ROOT / "configs/quickstart.yml").as_dict()
+    data["search"] |= {"n_iterations": 16, "sampler": "random", "racing": "always"}
+    data["scoring"] |= {"limit": 60, "holdout": 20}
+    log: list[tuple[str, int]] = []
+    monkeypatch.setattr(session, "start_pool", lambda *args: Several(start_pool(*args), log))
+    whole = run(SearchFile(data), folder=tmp_path / "whole").study
+    assert max(n for kind, n in log if kind == "final") == 3
+    asked = sum(t.user_attrs["documents"] for t in whole.trials()) + whole.note("finals")["documents"]
+    data["search"]["max_documents"] = asked - 60
+    less = run(SearchFile(data), folder=tmp_path / "less").study
+    spent = sum(t.user_attrs["documents"] for t in less.trials()) + less.note("finals")["documents"]
+    assert spent <= asked - 60
+    assert less.has_finals
 
 
 # ---- report_only --------------------------------------------------------------------------------
