@@ -157,7 +157,10 @@ def _data(task: Any, n: int) -> str:
 
 
 def _spread(count: int, sizes: Sequence[int], most: Sequence[int], floor: int) -> list[int]:
-    """Split `count` in proportion to `sizes` (largest remainders), within [floor, most] each."""
+    """Split `count` in proportion to `sizes` (largest remainders), within [floor, most] each.
+
+    The sum exceeds `count` only where `floor` for each does.
+    """
     total = sum(sizes)
     if total == 0:
         return [0] * len(sizes)
@@ -169,4 +172,7 @@ def _spread(count: int, sizes: Sequence[int], most: Sequence[int], floor: int) -
         for i in by_remainder:
             if sum(given) < count and given[i] < most[i]:
                 given[i] += 1
+    # What small ones were raised by, those give back that have most for their size (Sainte-Laguë).
+    while sum(given) > count and (above := [i for i, n in enumerate(given) if n > floor]):
+        given[max(above, key=lambda i: ((given[i] - 0.5) / sizes[i], i))] -= 1
     return given

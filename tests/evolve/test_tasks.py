@@ -1,5 +1,8 @@
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +11,7 @@ from evolve.errors import SearchFileError, TrialTaskError
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.study import load_outcomes, save_outcomes
 from evolve.tasks import Outcome, RequestBank, TaskSet, evaluate
+from evolve.tasks.draw import draw
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = str(ROOT / "tasks")
@@ -23,6 +27,15 @@ def task_set(names: list[str] = NAMES, seed: int = 0, **scoring: object) -> Task
 @pytest.fixture(scope="module")
 def lm() -> ResidentLM:
     return HfEngine.of(MODEL, "cpu").lm()
+
+
+@dataclass
+class Sized:
+    """A task of which the draw sees its name and its documents."""
+
+    task_name: str
+    eval_docs: Sequence[int]
+    config: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(dataset_path=None))
 
 
 def drawn(tasks: TaskSet, split: str) -> dict[str, tuple[int, ...]]:
@@ -108,6 +121,23 @@ def test_lm_evals_limit_counts_every_leaf_of_a_group(group_folder: str) -> None:
 def test_every_leaf_of_a_group_has_a_search_document(group_folder: str) -> None:
     (task,) = task_set(["g_both"], task_paths=[group_folder], limit=1, holdout=0.5).tasks
     assert [len(leaf.documents["search"]) for leaf in task.leaves] == [1, 1]
+
+
+@pytest.mark.parametrize("limit", [5, 6, 7, 10, 57, 100, 503, 10_000])
+@pytest.mark.parametrize("holdout", [0, 100])
+@pytest.mark.parametrize("sizes", [[1, 2, 3, 400, 400], [100 + n**2 for n in range(-5, 40)]], ids=len)
+def test_a_group_is_searched_on_no_more_than_limit_documents(
+    sizes: list[int], holdout: int, limit: int
+) -> None:
+    leaves = [Sized(f"leaf_{i}", range(size)) for i, size in enumerate(sizes)]
+    found = draw({"group": leaves}, ScoringSettings(limit=limit, holdout=holdout), 0)["group"]
+    searched = [len(leaf.documents["search"]) for leaf in found]
+    assert sum(searched) == min(max(limit, len(sizes)), sum(sizes) - holdout)
+    assert all(searched)
+    # Of a leaf with more documents as many are searched on, but for one that cannot be split.
+    left = [size - len(leaf.documents["holdout"]) for size, leaf in zip(sizes, found, strict=True)]
+    for n, s in zip(left, searched, strict=True):
+        assert all(s >= other - 1 for m, other in zip(left, searched, strict=True) if n >= m)
 
 
 @pytest.mark.parametrize("names", [["g_both", "g_big"], ["g_big", "g_both"], ["g_small", "g_rolling"]])
