@@ -112,8 +112,12 @@ def finals(
             f"no candidate could be scored by the tasks' own metrics ({kind}: {text}); correct the "
             f"task, or run the same command again to try once more"
         )
-    values = np.array([finalist.rating.values for finalist in finalists])
-    order = ranking(values, [finalist.rating.total_violation for finalist in finalists])
+    ratings = [finalist.rating for finalist in finalists]
+    order = ranking(
+        np.array([rating.values for rating in ratings]),
+        [rating.total_violation for rating in ratings],
+        [rating.objective for rating in ratings],
+    )
     study.keep_finals([finalists[i] for i in order], n_documents)
 
 

@@ -30,7 +30,9 @@ class Hypervolume:
     over_time: list[float]
 
 
-def ranking(values: np.ndarray, violations: Sequence[float]) -> list[int]:
+def ranking(
+    values: np.ndarray, violations: Sequence[float], sums: Sequence[float] | None = None
+) -> list[int]:
     """Return the indices of candidates, the best first; of equals the first.
 
     With one value the highest leads; with several the front's knee, then the front, then the rest.
@@ -38,12 +40,14 @@ def ranking(values: np.ndarray, violations: Sequence[float]) -> list[int]:
     Args:
         values: shape (candidates, objectives).
         violations: the total of each; 0 where every constraint is met.
+        sums: the weighted sum of each, which chooses among equal knees; None = the first is chosen.
     """
     members = set(front(values, violations))
     if not len(values) or values.shape[1] == 1:
         return sorted(range(len(values)), key=lambda i: (violations[i], -values[i, 0], i))
     in_order = sorted(members)
-    middle = in_order[knee(values[in_order])] if members else None
+    weighted = np.zeros(len(values)) if sums is None else np.asarray(sums)
+    middle = in_order[knee(values[in_order], weighted[in_order])] if members else None
     return sorted(range(len(values)), key=lambda i: (violations[i], i != middle, i not in members, i))
 
 
@@ -145,24 +149,26 @@ def hypervolume_over_time(values: np.ndarray, reference: np.ndarray) -> list[flo
     return volumes
 
 
-def knee(front: np.ndarray) -> int:
-    """Return the index of the point where giving up any objective pays least; of equals the first.
+def knee(front: np.ndarray, sums: Sequence[float] | np.ndarray) -> int:
+    """Return the index of the point where giving up any objective pays least.
 
     With every objective normalised to [0, 1] over the front, it is the point furthest above the
     hyperplane through the unit points, which for two objectives is the line through the front's
     extremes (Das 1999, https://doi.org/10.1007/BF01195985). Where none lies above it, the front has
-    no knee: then it is the point whose worst objective is best.
+    no knee: then it is the point whose worst objective is best. Of equals, such as two extremes alone,
+    it is the one with the largest weighted sum; of equals in that, too, the first.
 
     Args:
         front: shape (points, objectives), none dominated, at least one.
+        sums: the weighted sum of each.
     """
     worst, best = front.min(axis=0), front.max(axis=0)
     varies = best > worst
-    if not varies.any():
-        return 0
-    share = (front[:, varies] - worst[varies]) / (best - worst)[varies]
-    # To nine digits: rounding is no reason to prefer one of equals.
-    above = np.round(share.sum(axis=1) - 1, 9)
-    if above.max() > 0:
-        return int(above.argmax())
-    return int(np.round(share.min(axis=1), 9).argmax())
+    height = np.zeros(len(front))
+    if varies.any():
+        share = (front[:, varies] - worst[varies]) / (best - worst)[varies]
+        # To nine digits: rounding is no reason to prefer one of equals.
+        height = np.round(share.sum(axis=1) - 1, 9)
+        if height.max() <= 0:
+            height = np.round(share.min(axis=1), 9)
+    return int(np.where(height == height.max(), np.round(sums, 9), -np.inf).argmax())

@@ -109,13 +109,16 @@ def shortlist(study: Study, plan: Plan) -> list[int]:
     is nothing to ask. Of a Pareto front it is the default choice alone: which of the others is better
     is not the holdout's to say.
     """
-    has_one = not plan.search_file.scoring.holdout or plan.search_file.search.objective == "pareto"
+    if plan.search_file.search.objective == "pareto":
+        best = study.best()
+        return [best.number] if best else []
+    n = SHORTLIST if plan.search_file.scoring.holdout else 1
     chosen: dict[str, int] = {}
     for trial in study.ranked():
         if chosen and is_violating(study.violations(trial)):
             break
         chosen.setdefault(plan.space.recipe(trial.params).to_yaml(), trial.number)
-        if len(chosen) == (1 if has_one else SHORTLIST):
+        if len(chosen) == n:
             break
     return list(chosen.values())
 

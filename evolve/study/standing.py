@@ -75,7 +75,8 @@ class Standing:
         if not self.front:
             return self._nearest
         if self._leader is None:
-            self._leader = self.front[0 if self._values.shape[1] == 1 else knee(self._values)]
+            sums = [member.user_attrs["objective"] for member in self.front]
+            self._leader = self.front[0 if self._values.shape[1] == 1 else knee(self._values, sums)]
         return self._leader
 
 

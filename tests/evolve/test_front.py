@@ -14,6 +14,7 @@ from evolve.front import (
     hypervolume_over_time,
     knee,
     non_dominated,
+    ranking,
     reference_point,
 )
 
@@ -84,7 +85,7 @@ def test_the_knee_of_two_objectives_lies_furthest_from_the_line_through_the_extr
     values: np.ndarray,
 ) -> None:
     front = np.unique(values[non_dominated(values)], axis=0)
-    chosen = knee(front)
+    chosen = knee(front, np.zeros(len(front)))
     if len(front) < 3:
         assert chosen == 0
         return
@@ -100,10 +101,24 @@ def test_the_knee_of_two_objectives_lies_furthest_from_the_line_through_the_extr
 
 def test_the_knee_does_not_ask_for_units() -> None:
     front = np.array([[0.0, 1.0], [0.7, 0.6], [0.8, 0.3], [1.0, 0.0]])
-    assert knee(front) == 1
-    assert knee(front * [1000.0, 0.001] + [5.0, -7.0]) == 1
+    assert knee(front, front.sum(axis=1)) == 1
+    assert knee(front * [1000.0, 0.001] + [5.0, -7.0], front.sum(axis=1)) == 1
 
 
-def test_of_equals_the_first_is_the_knee() -> None:
-    assert knee(np.array([[0.5, 0.5], [0.5, 0.5]])) == 0
-    assert knee(np.array([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])) == 1
+@pytest.mark.parametrize(
+    ("front", "sums", "chosen"),
+    [
+        ([[0.0, 0.9], [1.0, 0.4]], [0.9, 1.4], 1),
+        ([[0.0, 0.9], [1.0, 0.4]], [1.4, 0.9], 0),
+        ([[0.0, 0.9], [1.0, 0.4]], [0.9, 0.9 + 1e-12], 0),
+        ([[0.5, 0.5], [0.5, 0.5]], [1.0, 1.0], 0),
+        ([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]], [3.0, 1.0, 1.0, 3.0], 1),
+        ([[0.0, 1.0], [0.3, 0.9], [0.9, 0.3], [1.0, 0.0]], [3.0, 0.9, 2.1, 0.0], 2),
+    ],
+)
+def test_of_equals_the_one_with_the_largest_weighted_sum_is_the_knee_then_the_first(
+    front: list[list[float]], sums: list[float], chosen: int
+) -> None:
+    values = np.array(front)
+    assert knee(values, sums) == chosen
+    assert ranking(values, [0.0] * len(front), sums)[0] == chosen

@@ -12,11 +12,15 @@ from typer.testing import CliRunner
 
 from evolve.cli import app
 from evolve.errors import ResumeRefusedError, SearchFileError
+from evolve.judge import shortlist
 from evolve.loop import StudyResult, run
+from evolve.objectives import Rating
 from evolve.plan import Plan, make_plan
 from evolve.report import print_result, result_json
+from evolve.samplers import Proposal
 from evolve.search_file import SearchFile
 from evolve.study import Study
+from evolve.workers.worker import Seconds
 from merge_core.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +96,20 @@ def test_best_yml_is_the_knees_file_in_the_folder(finished: StudyResult) -> None
     best = (folder / "best.yml").read_text()
     assert best == (folder / "pareto" / f"trial-{finished.best.number}.yml").read_text()
     assert "holdout qs_sort" in best
+
+
+def test_of_two_extremes_the_one_with_the_larger_weighted_sum_is_the_best_and_meets_the_holdout(
+    tmp_path: Path,
+) -> None:
+    plan = make_plan(small())
+    with Study.create_or_resume(tmp_path / "s", None, plan.search_file, {}, 2) as study:
+        for number, values in enumerate([[0.0, 0.9], [1.0, 0.4]]):
+            study.begin(number, Proposal(plan.space.starts()), plan.space)
+            scores = dict(zip(TASKS, values, strict=True))
+            rating = Rating(values, sum(values))
+            study.complete(number, rating, scores, {}, Seconds(0.1, 0.1, 0.1), {})
+        assert study.best() is study.trials()[1]
+        assert shortlist(study, plan) == [1]
 
 
 def test_the_table_shows_the_front_and_marks_the_knee(

@@ -21,6 +21,7 @@ def drawn(
         trial = create_trial(
             state=TrialState.FAIL if failed else TrialState.COMPLETE,
             values=None if failed else rng.integers(0, n_levels, n_values).astype(float).tolist(),
+            user_attrs={} if failed else {"objective": float(rng.integers(0, n_levels))},
             system_attrs={"constraints:c": float(rng.integers(1, 3)) if broken else -1.0},
         )
         trial.number = number
@@ -45,7 +46,8 @@ def test_the_standing_is_that_of_a_whole_ranking(n_values: int, n_levels: int, s
                 continue
             values = np.array([trial.values for trial in complete])
             violations = [total_violation(trial) for trial in complete]
-            assert standing.leader() is complete[ranking(values, violations)[0]]
+            sums = [trial.user_attrs["objective"] for trial in complete]
+            assert standing.leader() is complete[ranking(values, violations, sums)[0]]
             assert [t.number for t in standing.front] == sorted(
                 complete[i].number for i in front(values, violations)
             )
