@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 
 from evolve.errors import SearchFileError
 from evolve.genome import GenomeSpace
@@ -30,7 +38,28 @@ SECTIONS = ("tasks", "report_only", "search", "scoring")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    # Strict: true is no number, and "yes" in quotes is not true.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, strict=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """Take 1e3 for 1000 where a whole number is wanted."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _or_fault(rule: str) -> WrapValidator:
+    """Say in one line what a field takes that may be one of several kinds; pydantic has one for each."""
+
+    def checked(value: Any, taken: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return taken(value)
+        except ValidationError:
+            raise ValueError(rule) from None
+
+    return WrapValidator(checked)
 
 
 class TaskSpec(_Section):
@@ -95,6 +124,8 @@ class TaskSpec(_Section):
 class SignedTaskSpec(TaskSpec):
     """An entry of a mergekit-evolve file: weight * value is added as written."""
 
+    model_config = ConfigDict(strict=False)  # as mergekit-evolve reads it
+
     metric: str | None = "acc,none"
     weight: float = 1.0
 
@@ -140,7 +171,7 @@ class Constraint(_Section):
 
     task: str
     """A score's key: an entry of `tasks:`."""
-    not_below: Literal["base"] | float
+    not_below: Annotated[Literal["base"] | float, _or_fault("it must be base, or a score such as 0.5")]
     """`base`, for what the base model scores on the same documents, or a score."""
     by: float = Field(default=0.0, ge=0)
 
@@ -170,7 +201,10 @@ class SearchSettings(_Section):
     """What the sampler follows; the verdict is on the tasks' own metrics."""
     rounds: int = Field(default=1, ge=1)
     """Rounds of search; each next one merges the best merges of the one before as well."""
-    polish: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    polish: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=0)],
+        _or_fault("it must be auto, or a whole number of candidates, 0 for none"),
+    ] = "auto"
     """Of the candidates, how many at the end are drawn around the best; see resolve_polish."""
     seed_recipes: list[str] = Field(default_factory=list)
     """Recipe files that are tried first, beside what is known: each model alone, the average."""
@@ -180,7 +214,10 @@ class SearchSettings(_Section):
     """Documents that candidates may be asked in all, finals included."""
     max_gpu_hours: float | None = Field(default=None, gt=0)
     """No candidate is begun that would end after so many GPU hours, counted over all runs."""
-    adapters_at_once: Literal["none", "auto"] | Annotated[int, Field(ge=1)] = "none"
+    adapters_at_once: Annotated[
+        Literal["none", "auto"] | Annotated[int, Field(ge=1)],
+        _or_fault("it must be none, auto, or a whole number of candidates, at least 1"),
+    ] = "none"
     """How many candidates one vLLM engine serves at once, as adapters of their base; none = it merges."""
     candidate_timeout_s: float | None = Field(default=None, gt=0)
     """How long a candidate may take, merge, load and score; longer ones are stopped, and tried again."""
@@ -248,9 +285,9 @@ class _Settings(_Section):
     def _plain_names(cls, value: Any) -> Any:
         if value is None:
             return []
-        if isinstance(value, list):
-            return [{"name": item} if isinstance(item, str) else item for item in value]
-        return value
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError("it must be a list of names and entries, such as [gsm8k]")
+        return [{"name": item} if isinstance(item, str) else item for item in value]
 
     @field_validator("search", "scoring", mode="before")
     @classmethod

@@ -73,6 +73,17 @@ def field_path(loc: Sequence[str | int]) -> str:
     return path or "file"
 
 
+# Where pydantic would speak of its own types.
+_KINDS = {
+    "bool_type": "it must be true or false, without quotes",
+    "int_type": "it must be a whole number such as 5, without quotes",
+    "float_type": "it must be a number such as 0.5, without quotes",
+    "list_type": "it must be a list, such as [A, B]",
+    "dict_type": "it must be a mapping, such as {KEY: VALUE}",
+    "model_type": "it must be a mapping, such as {KEY: VALUE}",
+}
+
+
 def schema_faults(error: ValidationError, known_keys: Mapping[str, Iterable[str]]) -> list[str]:
     """Turn pydantic's findings into fault lines.
 
@@ -99,6 +110,6 @@ def schema_faults(error: ValidationError, known_keys: Mapping[str, Iterable[str]
         elif item["type"] == "missing":
             faults.append(f"{field} is missing; it is required, add it")
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = _KINDS.get(item["type"], item["msg"].removeprefix("Value error, "))
             faults.append(f"{field} is {shown(value)}; {message[:1].lower() + message[1:]}")
     return faults

@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from evolve.cli import main
+from evolve.errors import SearchFileError
+from evolve.search_file import SearchFile
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = (ROOT / "configs/quickstart.yml").read_text()
@@ -137,6 +139,50 @@ BAD_FILES = {
         ["scoring.task_paths", "nowhere"],
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"search": {"n_iterations": True}}, "search.n_iterations is True; it must be a whole number"),
+        ({"search": {"n_iterations": "5"}}, "search.n_iterations is '5'; it must be a whole number"),
+        ({"search": {"n_iterations": 5.5}}, "search.n_iterations is 5.5; it must be a whole number"),
+        ({"search": {"timeout_s": "60"}}, "search.timeout_s is '60'; it must be a number"),
+        ({"search": {"polish": "atuo"}}, "search.polish is 'atuo'; it must be auto, or a whole number"),
+        ({"search": {"polish": True}}, "search.polish is True; it must be auto, or a whole number"),
+        ({"search": {"adapters_at_once": 0}}, "search.adapters_at_once is 0; it must be none, auto, or"),
+        ({"search": ["cma"]}, "search is ['cma']; it must be a mapping"),
+        ({"scoring": {"apply_chat_template": "yes"}}, "is 'yes'; it must be true or false"),
+        ({"scoring": {"holdout": True}}, "scoring.holdout is True; it must be a number"),
+        ({"scoring": {"task_paths": "tasks"}}, "scoring.task_paths is 'tasks'; it must be a list"),
+        ({"tasks": "qs_sort"}, "tasks is 'qs_sort'; it must be a list of names and entries"),
+        ({"report_only": {"name": "a"}}, "report_only is {'name': 'a'}; it must be a list of names"),
+        ({"tasks": [{"name": "qs_sort", "weight": "2"}]}, "tasks[0].weight is '2'; it must be a number"),
+        (
+            {"search": {"constraints": [{"task": "qs_sort", "not_below": "bsae"}]}},
+            "search.constraints[0].not_below is 'bsae'; it must be base, or a score",
+        ),
+        (
+            {"search": {"constraints": [{"task": "qs_sort", "not_below": True}]}},
+            "search.constraints[0].not_below is True; it must be base, or a score",
+        ),
+    ],
+)
+def test_a_value_of_another_kind_is_one_fault(changes: dict[str, object], fault: str) -> None:
+    with pytest.raises(SearchFileError) as error:
+        SearchFile({**yaml.safe_load(QUICKSTART), **changes})
+    assert len(error.value.faults) == 1
+    assert fault in error.value.faults[0]
+
+
+def test_whole_numbers_stand_for_any_and_need_not_be_written_as_such() -> None:
+    constraint = {"task": "qs_sort", "not_below": 1, "by": 0}
+    search = {"n_iterations": 1e3, "timeout_s": 60, "constraints": [constraint]}
+    file = SearchFile({**yaml.safe_load(QUICKSTART), "search": search, "scoring": {"holdout": 100}})
+    assert file.search.n_iterations == 1000
+    assert isinstance(file.search.n_iterations, int)
+    assert file.search.timeout_s == 60.0
+    assert (file.search.constraints[0].not_below, file.scoring.holdout) == (1.0, 100.0)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

@@ -251,6 +251,12 @@ def test_every_key_has_its_place() -> None:
     assert again.changed(tasks=["qs_reverse"]).tasks[-1].metric is None  # its first, not acc
 
 
+def test_numbers_in_quotes_are_read_as_mergekit_reads_them() -> None:
+    tasks = [{"name": "qs_sort", "weight": "-2"}]
+    file = SearchFile({"genome": GENOMES["linear"], "limit": "7", "shuffle": "yes", "tasks": tasks})
+    assert (file.scoring.limit, file.scoring.draw, file.tasks[0].weight) == (7, "shuffled", -2.0)
+
+
 @pytest.mark.parametrize(
     ("genome", "top", "fault"),
     [
