@@ -28,6 +28,7 @@ from merge_core.plan import (
     plan_merge,
 )
 from merge_core.recipe import Recipe, load_yaml
+from merge_core.recipe_yaml import is_recipe_file
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ def _refuse_with_like(options: EvalOptions) -> None:
 def _recipe(model: str, dtype: str | None, sources: Sources, faults: list[str]) -> Recipe | None:
     """Read a recipe file, or make the recipe of a model as it is; collect faults."""
     try:
-        if Path(model).is_file() and Path(model).suffix in (".yml", ".yaml"):
+        if is_recipe_file(model):
             data = load_yaml(model)
             if isinstance(data, Mapping) and {*SECTIONS, "genome"} & set(data):
                 faults.append(

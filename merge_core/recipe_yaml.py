@@ -6,6 +6,7 @@ They are read as one mapping: the recipe that is wanted, the others under `inter
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from merge_core.checkpoint.locate import STATE_DICT_SUFFIXES
 from merge_core.errors import RecipeError, shown
 from merge_core.reference import result_in
 
@@ -49,6 +51,11 @@ for _side in (_Loader, _Dumper):
         re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"),
         list("-+0123456789"),
     )
+
+
+def is_recipe_file(reference: str) -> bool:
+    """Tell whether a reference names a recipe: any file but one of weights, whatever it is called."""
+    return os.path.isfile(reference) and Path(reference).suffix not in STATE_DICT_SUFFIXES
 
 
 def load_yaml(path: str | Path) -> Any:

@@ -92,6 +92,20 @@ def test_options_that_do_not_go_together_are_named(changes: dict[str, object], m
         evaluate_models([f"{MODELS}/sort"], EvalOptions(**{**vars(TASKS), **changes}))  # type: ignore[arg-type]
 
 
+def test_a_recipe_may_have_any_name_and_a_file_of_weights_none(tmp_path: Path) -> None:
+    path = Path(recipe(tmp_path))
+    names = [str(path), *(str(path.with_name(name)) for name in ("recipe", "R.YML", "recipe.yml.bak"))]
+    for name in names[1:]:
+        shutil.copy(path, name)
+    options = EvalOptions(tasks=("qs_sort",), limit=2)
+    assert [each["scores"] for each in evaluate_models(names[1:], options)] == [
+        evaluate_models(names[:1], options)[0]["scores"]
+    ] * 3
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(SearchFileError, match=r"recipe.bin"):
+        evaluate_models([str(path.with_suffix(".bin"))], options)
+
+
 def test_a_search_file_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(SearchFileError, match=r"quickstart.yml is a search file.*best\.yml"):
         evaluate_models(["configs/quickstart.yml"], TASKS)
