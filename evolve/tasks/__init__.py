@@ -45,7 +45,7 @@ __all__ = [
 
 def evaluate(
     model: str | Path | Recipe | PreTrainedModel,
-    tasks: Sequence[str | TaskSpec],
+    tasks: str | TaskSpec | Sequence[str | TaskSpec],
     *,
     limit: int | None = None,
     seed: int = 0,
@@ -60,7 +60,7 @@ def evaluate(
     Args:
         model: a folder or Hub id, a recipe (merged in memory), or a Transformers model that knows
             where its tokenizer is (`load_merged` gives such).
-        tasks: names or TaskSpecs.
+        tasks: names or TaskSpecs, or one of them.
         limit: documents a task, drawn by seed; None = all.
         seed: of the draw.
         task_paths: folders of task files.
@@ -78,7 +78,8 @@ def evaluate(
     """
     from evolve.engines.hf import HfEngine
 
-    specs = [TaskSpec(name=task) if isinstance(task, str) else task for task in tasks]
+    listed = [tasks] if isinstance(tasks, str | TaskSpec) else tasks
+    specs = [TaskSpec(name=task) if isinstance(task, str) else task for task in listed]
     scoring = ScoringSettings(
         limit=limit,
         holdout=0.0,

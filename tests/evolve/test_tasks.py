@@ -260,4 +260,6 @@ def test_evaluate_scores_a_folder_and_a_live_model() -> None:
     by_folder = evaluate(MODEL, ["qs_largest"], limit=50, task_paths=[TASKS])
     live = evaluate(load_merged(model_alone(MODEL)), ["qs_largest"], limit=50, task_paths=[TASKS])
     assert by_folder == live
+    for alone in ("qs_largest", TaskSpec(name="qs_largest")):
+        assert evaluate(MODEL, alone, limit=50, task_paths=[TASKS]) == live
     assert by_folder["qs_largest"] > 0.9
