@@ -199,7 +199,7 @@ def _only_reads(app: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse what would write, and what a page of another site asks by a name that leads here."""
 
     def checked(environ: dict[str, Any], start_response: Callable[..., Any]) -> Sequence[bytes]:
-        host = environ.get("HTTP_HOST", "").rpartition("@")[2].rsplit(":", 1)[0]
+        host = environ.get("HTTP_HOST", "").lower().rpartition("@")[2].rsplit(":", 1)[0]
         if host not in ("localhost", HOST):
             status, said = "403 Forbidden", "this dashboard is reached by localhost"
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):

@@ -15,14 +15,13 @@ from optuna.trial import FrozenTrial
 
 from evolve.budget import Budget
 from evolve.candidates import Candidates
-from evolve.errors import SearchFileError
 from evolve.export import keep_current
 from evolve.finals import are_needed, finals
 from evolve.heats import Heats
 from evolve.judge import base_scores, judge, kept_verdict
 from evolve.plan import Plan
 from evolve.search_file import SearchFile
-from evolve.session import Progress, opened, settled_plan
+from evolve.session import Progress, check_artifacts, folder_of, opened, settled_plan
 from evolve.study import Study
 from evolve.under_way import UnderWay, nobody_waits
 from evolve.verdict import Verdict
@@ -45,7 +44,7 @@ class StudyResult:
 def run(
     search_file: SearchFile,
     *,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     storage: str | None = None,
     artifacts: Path | None = None,
     workers: Workers | None = None,
@@ -77,9 +76,8 @@ def run(
         PausedError: a signal asked for a pause; everything finished is recorded.
     """
     began = time.monotonic()
-    folder = folder or Path(f"{search_file.name}-search")
-    if artifacts is not None and not artifacts.is_dir():
-        raise SearchFileError(f"--artifacts is {artifacts}, which is no folder; make it or name another")
+    folder = folder_of(search_file, folder)
+    check_artifacts(artifacts)
     plan = settled_plan(
         search_file,
         folder,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ from merge_core.plan import (
     merged_config,
     origin,
     plan_merge,
+    unmatched_filters,
 )
 from merge_core.recipe import Recipe
 from merge_core.reference import result_in
@@ -61,6 +64,7 @@ class Plan:
         """What makes two searches the same one; a resume with another is refused."""
         settings = self.search_file.as_dict()
         files = self.tasks.files() | (self.report_only.files() if self.report_only else {})
+        models = (*self.references(), *(r for tasks in self._sets() for r in tasks.references()))
         cma = {key: settings["search"][key] for key in ("sigma0", "population_size")}
         return {
             "recipe": self.search_file.template,
@@ -80,12 +84,16 @@ class Plan:
             **{key: value for key, value in cma.items() if value is not None},
             "checkpoints": {
                 reference: self.sources.architecture(reference).checkpoint.fingerprint()
-                for reference in (*self.references(), *(r for s in self._sets() for r in s.references()))
+                for reference in models
             }
             | {f"+{name}": self.sources.adapter(name).fingerprint() for name in self.space.adapters()},
             **({"report_only": settings["report_only"]} if self.report_only else {}),
-            # Where merged tokenizers are made of the models', these are part of the scores.
-            **({"tokenizers": self._tokenizers()} if self.setup.prompting.tokenizer is None else {}),
+            # What weights mean, and what a model is asked, is part of the scores.
+            "configs": {
+                reference: _digest(self.sources.architecture(reference).checkpoint.config)
+                for reference in models
+            },
+            "tokenizers": self._tokenizers(),
             # Texts, and the files of functions: what they hold is part of the scores.
             **({"files": files} if files else {}),
         }
@@ -246,7 +254,8 @@ def make_plan(
     if faults:
         raise SearchFileError(faults)
     tasks, *reported = sets
-    notes = [*space.notes, *tasks.notes]
+    planned = plan_merge(start, sources)
+    notes = [*space.notes, *tasks.notes, *planned.warnings, *unmatched_filters(start, planned)]
     if n_adapters := search_file.search.n_adapters:
         notes.append(
             f"candidates are scored {n_adapters} at once, as adapters; finalists and baselines as merges"
@@ -345,3 +354,7 @@ def _model_faults(space: SearchSpace, start: Recipe, sources: Sources, under_way
     if not kind and "auto_map" not in config:
         faults.append(f"{folder / 'config.json'} has no model_type; use a Transformers model")
     return faults
+
+
+def _digest(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -34,6 +35,7 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         part: sum(trial.user_attrs.get("seconds", {}).get(part, 0.0) for trial in finished)
         for part in ("merge", "load", "score")
     }
+    ended = ended_at(study, study.search_file().search)
     is_current = verdict is not None and best is not None and verdict.trial == best.number
     return {
         "study": study.name,
@@ -56,7 +58,7 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             for b in (verdict.baselines if verdict else [])
         ],
         "gain": _gain_json(verdict) if is_current else None,
-        "verdict": _text(verdict, is_current, has_only_failures=bool(finished) and best is None),
+        "verdict": _without_best(bool(finished), ended) if best is None else _text(verdict, is_current),
         # A run that was killed could not add its time to the total.
         "seconds": {**seconds, "total": max(study.note("seconds_total") or 0.0, sum(seconds.values()))},
         "documents_scored": sum(trial.user_attrs.get("documents", 0) for trial in finished)
@@ -66,13 +68,19 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         "hypervolume": asdict(volume) if (volume := study.hypervolume()) else None,
         "violations": None if best is None else study.violations(best),
         "gpu_hours": study.note("gpu_hours") or 0.0,
-        "ended": ended_at(study, study.search_file().search),
+        "ended": ended,
     }
 
 
-def _text(verdict: Verdict | None, is_current: bool, has_only_failures: bool) -> str:
-    if has_only_failures:
+def _without_best(has_failures: bool, ended: str | None) -> str:
+    if has_failures:
         return "no verdict: no candidate completed"
+    if ended:
+        return f"no verdict: no candidate was begun, it ended at {ended}"
+    return "no verdict yet: the search is not complete"
+
+
+def _text(verdict: Verdict | None, is_current: bool) -> str:
     if verdict is None:
         return "no verdict yet: the search is not complete"
     return verdict.text if is_current else f"not yet for the new best; before: {verdict.text}"
@@ -119,7 +127,9 @@ def print_result(data: dict[str, Any], folder: str) -> None:
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
     best = data["best"]
     if best is None:
-        console.print("no candidate completed", markup=False)
+        n_failed = data["states"]["FAIL"]
+        so_far = f"{n_failed} failed" if n_failed else "none has finished"
+        console.print(f"no candidate completed so far; {so_far}\n{data['verdict']}", soft_wrap=True)
         return
     # A candidate that was scored by another signal, so far, has no scores by metric.
     tasks = list(dict.fromkeys(key for b in (*data["baselines"], best) for key in b["scores"]))
@@ -156,8 +166,9 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         console.print(_finalists_line(finalists), markup=False, soft_wrap=True)
     if data["noise"]:
         console.print(_noise_line(data["noise"]), markup=False, soft_wrap=True)
+    line = shlex.join(["evolve", "merge", f"{folder}/best.yml", f"{folder}/model"])
     console.print(
-        f"recipe: {folder}/best.yml\nmerge it: evolve merge {folder}/best.yml {folder}/model",
+        f"recipe: {folder}/best.yml\nmerge it: {line}",
         markup=False,
         soft_wrap=True,
     )

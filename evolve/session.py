@@ -23,6 +23,11 @@ from evolve.workers.start import Workers, start_pool
 Progress = Callable[[str, Study | None, Plan], None]
 
 
+def folder_of(search_file: SearchFile, folder: Path | str | None) -> Path:
+    """Return the storage path: `folder`, or else NAME-search in the working directory."""
+    return Path(folder or f"{search_file.name}-search")
+
+
 def settled_plan(search_file: SearchFile, folder: Path, storage: str | None, **options: Any) -> Plan:
     """Return the plan of a search; what `auto` means stays what it meant when the search began.
 
@@ -38,6 +43,22 @@ def settled_plan(search_file: SearchFile, folder: Path, storage: str | None, **o
     if faults := budget_faults(plan):
         raise SearchFileError(faults)
     return plan
+
+
+def check(plan: Plan, folder: Path, storage: str | None, artifacts: Path | None) -> None:
+    """Check what `opened` would refuse, and leave nothing behind.
+
+    Raises:
+        SearchFileError, ResumeRefusedError, StorageError: as there.
+    """
+    check_artifacts(artifacts)
+    Study.check(folder, storage, plan.identity())
+
+
+def check_artifacts(artifacts: Path | None) -> None:
+    """Raise SearchFileError where `--artifacts` names no folder."""
+    if artifacts is not None and not artifacts.is_dir():
+        raise SearchFileError(f"--artifacts is {artifacts}, which is no folder; make it or name another")
 
 
 class Session:

@@ -288,7 +288,7 @@ def save_merged(
     layout = [(planned.name, planned.dtype, planned.shape) for planned in plan]
     seen = sources.within(recipe, **plan_options)
     stream = _stream(recipe, seen, list(plan), torch.device(device))
-    with complete_folder(Path(folder), overwrite) as part:
+    with complete_folder(Path(folder), overwrite, sources.folders(recipe)) as part:
         write_shards(layout, _told(stream, on_tensor), part, shard_bytes)
         config = merged_config(recipe, seen)
         if config:

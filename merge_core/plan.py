@@ -262,6 +262,33 @@ def plan_merge(
     return MergePlan(planned, warnings, sources.plans(recipe.inputs()))
 
 
+def unmatched_filters(recipe: Recipe, plan: MergePlan) -> list[str]:
+    """Say which filters match no tensor of a recipe's own merge, one line each."""
+    if isinstance(recipe, MoeRecipe):
+        return []
+    names = {
+        name for planned in plan for name in (planned.name, *(i.filter_name for i in planned.inputs))
+    }
+    levels = [
+        level
+        for part in recipe.parts()
+        for level in (*part.levels, *(level for source in part.sources for level in source.levels))
+    ]
+    filters = {
+        (entry["filter"], parameter): None
+        for level in levels
+        for parameter, setting in level.items()
+        for entry in (setting if isinstance(setting, list) else [setting])
+        if isinstance(entry, Mapping) and entry.get("filter") not in (None, "*")
+    }
+    return [
+        f"filter {pattern!r} of {parameter} matches no tensor, so its value does nothing; correct it, or "
+        f"take it out"
+        for pattern, parameter in filters
+        if not any(pattern in name for name in names)
+    ]
+
+
 def _wiring(
     parts: Sequence[Part],
     donor: str,

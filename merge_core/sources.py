@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Hashable, Mapping
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
@@ -234,6 +235,12 @@ class Sources:
             except CheckpointError as error:
                 faults += error.faults
         return faults
+
+    def folders(self, recipe: Recipe) -> list[Path]:
+        """List the folders that a recipe's models and adapters are read from."""
+        models = [self.architecture(reference).checkpoint for reference in recipe.references()]
+        stores = [store for model in models for store in model.stores()]
+        return [store.folder for store in (*stores, *map(self.adapter, recipe.adapters()))]
 
     def remembered(self, structure: Hashable, build: Callable[[], Any]) -> Any:
         """Return what `build` made of a structure, now or before; errors are not remembered."""

@@ -7,6 +7,8 @@ that `evolve --help` answers at once.
 from __future__ import annotations
 
 import os
+import sys
+from errno import ENOSPC, EPIPE
 
 import typer
 
@@ -16,7 +18,7 @@ from evolve.cli.export import export
 from evolve.cli.extract_lora import extract_lora
 from evolve.cli.merge import merge
 from evolve.cli.methods import methods
-from evolve.cli.pause import PAUSED, pause_on_signals, was_asked_to_pause
+from evolve.cli.pause import pause_on_signals, pause_text, was_asked_to_pause
 from evolve.cli.report import report
 from evolve.cli.run import run
 from evolve.cli.status import status
@@ -61,12 +63,12 @@ def main() -> None:
     except typer.Abort:
         end(["interrupted"], EXIT_PAUSED)
     except PausedError:
-        say(PAUSED)
+        say(pause_text())
         raise SystemExit(EXIT_PAUSED) from None
     except Exception as error:
         # The signal's exception may have cut something short, a transaction say, which then failed.
         if was_asked_to_pause():
-            say(PAUSED)
+            say(pause_text())
             raise SystemExit(EXIT_PAUSED) from None
         if isinstance(error, MergeError):
             end(error.faults, EXIT_OTHER if isinstance(error, _NOT_THE_INPUT) else EXIT_INPUT)
@@ -75,6 +77,10 @@ def main() -> None:
         # Typer's usage errors; it carries its own copy of click, so they are known by their method.
         if hasattr(error, "format_message"):
             end([error.format_message()], EXIT_INPUT)
+        if isinstance(error, OSError) and error.filename is None and error.errno in (EPIPE, ENOSPC):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer
+            who_reads = [] if error.errno == EPIPE else [f"stdout cannot be written ({error.strerror})"]
+            end(who_reads, EXIT_OTHER)
         if os.environ.get(DEBUG):
             raise
         end([unforeseen(error)], EXIT_OTHER)

@@ -77,6 +77,8 @@ def extract_lora(
     )
     sources = Sources()
     plan = plan_merge(recipe, sources)
+    read = [*sources.folders(recipe), *sources.folders(own), *([Path(model)] if is_recipe else [])]
+    check_output(out, overwrite, read)
     is_silent = quiet or not sys.stderr.isatty()
     with progress(plan, sum(planned.n_bytes for planned in plan), is_silent, 0) as on_tensor:
         found = extract(recipe, own, options, sources, on_tensor)

@@ -140,10 +140,10 @@ def merge(
             for name, document in data.get("intermediate", {}).items()
         }
     parsed = Recipe.parse(data, strict)
-    check_output(out, overwrite)
+    check_output(out, overwrite, [recipe])
     results = _results(parsed, intermediate_dir)
     for folder in results:
-        check_output(folder, overwrite)
+        check_output(folder, overwrite, [recipe])
     if push_to_hub:
         from evolve.hub import check_push
 
@@ -155,7 +155,7 @@ def merge(
     from merge_core.estimate import estimate
     from merge_core.machine import give_back_freed_memory
     from merge_core.merge import save_merged
-    from merge_core.plan import Sources, donor, plan_merge
+    from merge_core.plan import Sources, donor, plan_merge, unmatched_filters
 
     plan_options: dict[str, Any] = {
         "allow_crimes": allow_crimes,
@@ -171,7 +171,9 @@ def merge(
     give_back_freed_memory()
     sources = Sources()
     plan = plan_merge(parsed, sources, **plan_options)
-    for warning in (*parsed.check()[1], *plan.warnings):
+    for folder in (out, *results):
+        check_output(folder, overwrite, sources.folders(parsed))
+    for warning in (*parsed.check()[1], *plan.warnings, *unmatched_filters(parsed, plan)):
         say(f"warning: {warning}")
     checkpoint = sources.within(parsed, **plan_options).architecture(donor(parsed)).checkpoint
     folder, copy_tokenizer = checkpoint.tokenizer_folder, copy_tokenizer and not checkpoint.is_state_dict

@@ -12,16 +12,28 @@ from evolve.cli.stderr import EXIT_PAUSED
 from evolve.errors import PausedError
 
 PAUSED = "paused; everything finished is recorded, run the same command again to go on"
+STOPPED = "stopped; nothing is left half-written, run the same command again to begin anew"
 # How long a pause may take before the process leaves as it is.
 PATIENCE_S = 30
 
 _signals: list[int] = []
+_texts = [STOPPED]
 
 
 def pause_on_signals() -> None:
     """Have either signal raise PausedError in the main thread."""
     signal.signal(signal.SIGTERM, _pause)
     signal.signal(signal.SIGINT, _pause)
+
+
+def goes_on_later() -> None:
+    """Say at a pause that the command goes on where it was: it keeps a record."""
+    _texts.append(PAUSED)
+
+
+def pause_text() -> str:
+    """Return what is said at a pause."""
+    return _texts[-1]
 
 
 def was_asked_to_pause() -> bool:
@@ -52,5 +64,5 @@ def _pause(signum: int, frame: Any) -> NoReturn:
 
 def _leave(signum: int, frame: Any) -> NoReturn:
     """Go without tidying up: what is finished was recorded when it was finished."""
-    os.write(sys.stderr.fileno(), f"{PAUSED}\n".encode())  # print may be at work below this
+    os.write(sys.stderr.fileno(), f"{pause_text()}\n".encode())  # print may be at work below this
     os._exit(EXIT_PAUSED)

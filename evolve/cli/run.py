@@ -20,7 +20,7 @@ from evolve.cli.options import (
     TrustOption,
     UnsafeOption,
 )
-from evolve.cli.pause import unless_paused
+from evolve.cli.pause import goes_on_later, unless_paused
 from evolve.cli.stderr import EXIT_OTHER, end, quiet_libraries
 from evolve.merge_progress import say
 
@@ -78,8 +78,11 @@ def run(
     mergekit-evolve's files and flags work, too.
     """
     from evolve.search_file import SearchFile
+    from evolve.session import folder_of
 
     search_file = SearchFile.load(search)
+    _refuse_own_file(search, folder_of(search_file, storage_path))
+    paths = [*(task_path or ()), *search_file.scoring.task_paths]
     search_file = search_file.changed(
         tasks=task or (),
         search={
@@ -88,7 +91,11 @@ def run(
             "seed": seed,
             "seed_recipes": [*search_file.search.seed_recipes, *(seed_recipe or ())],
         },
-        scoring={"backend": backend, "limit": limit, "task_paths": task_path or None},
+        scoring={
+            "backend": backend,
+            "limit": limit,
+            "task_paths": list(dict.fromkeys(paths)) if task_path else None,
+        },
     )
     search_file = mergekit.changed(search_file, backend)
     if search_file.is_mergekit and not mergekit.consent:
@@ -104,11 +111,13 @@ def run(
             "trust_remote_code": trust_remote_code,
             "allow_unsafe_code": allow_unsafe_code,
         }
-        _check(search_file, placed, gpu_hour_price, as_json, **options)
+        at = (folder_of(search_file, storage_path), storage, artifacts)
+        _check(search_file, at, placed, gpu_hour_price, as_json, **options)
         return
     from evolve.progress import ProgressLine
     from evolve.report import print_result, result_json
 
+    goes_on_later()
     progress = ProgressLine()
     try:
         with redirect_stdout(sys.stderr):  # Ray prints there when it loses a worker
@@ -143,10 +152,28 @@ def run(
     if result.best is None:
         from evolve.candidates import commonest_failure
 
-        why = commonest_failure(result.study.trials())
+        failed = result.study.n_failed or not data["ended"]
+        why = commonest_failure(result.study.trials()) if failed else f"it ended at {data['ended']}"
         end([f"no candidate completed; {why}"], EXIT_OTHER)
     if mergekit.save_final_model:
         _save_final_model(folder)
+
+
+def _refuse_own_file(search: Path, folder: Path) -> None:
+    """Refuse a user's file in the place of one that the search would write.
+
+    Raises:
+        SearchFileError: it would be replaced.
+    """
+    from evolve.errors import SearchFileError
+    from evolve.study import Study
+
+    is_ours = search.resolve().parent == folder.resolve() and search.name in ("search.yml", "best.yml")
+    if is_ours and not Study.is_in(folder):
+        raise SearchFileError(
+            f"--storage-path is {folder}, where the search keeps a {search.name} of its own, which would "
+            f"replace yours; give another folder, or rename the file"
+        )
 
 
 def _warn_of_benchmarks(search_file: SearchFile) -> None:
@@ -170,10 +197,20 @@ def _save_final_model(folder: Path) -> None:
 
 
 def _check(
-    search_file: SearchFile, workers: Workers, price: float | None, as_json: bool, **options: Any
+    search_file: SearchFile,
+    at: tuple[Path, str | None, Path | None],
+    workers: Workers,
+    price: float | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
+    """Try a few candidates and print what the search will take.
+
+    Args:
+        at: folder, storage and artifacts of the search.
+    """
+    from evolve import session
     from evolve.check import check_json, print_check
-    from evolve.plan import make_plan
     from evolve.progress import ProgressLine
     from evolve.rehearsal import rehearse
     from evolve.workers.start import start_pool
@@ -182,7 +219,9 @@ def _check(
     progress = ProgressLine()
     under_way = unless_paused(progress.under_way)
     try:
-        plan = make_plan(search_file, under_way=under_way, **options)
+        folder, storage, artifacts = at
+        plan = session.settled_plan(search_file, folder, storage, under_way=under_way, **options)
+        session.check(plan, folder, storage, artifacts)
         under_way(f"starting the {plan.setup.backend} engine")
         pool = start_pool(plan, workers, progress.say)
         try:

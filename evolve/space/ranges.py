@@ -36,7 +36,7 @@ def variable_of(
         start = node.get("start", choices[0])
         return Variable(name, choices=choices, start=start, condition=condition), []
     low, high, step = float(node["low"]), float(node["high"]), node.get("step")
-    variable = Variable(name, low, high, None, bool(node.get("log", False)), step, None, condition)
+    variable = Variable(name, low, high, None, node.get("log", False), step, None, condition)
     if step is not None:
         # As Optuna does: the last value that steps from `low` reach.
         high = min(high, round(low + math.floor((high - low) / step + 1e-8) * step, 12))
@@ -72,6 +72,8 @@ def _faults(node: Mapping[str, Any], name: str) -> list[str]:
             faults.append(f"{name}.{key} is {shown(value)}; it must be a finite number")
         else:
             numbers[key] = value
+    if not isinstance(node.get("log", False), bool):
+        faults.append(f"{name}.log is {shown(node['log'])}; it must be true or false")
     points = node.get("points")
     is_count = isinstance(points, int) and not isinstance(points, bool) and 2 <= points <= MAX_POINTS
     if points is not None and not is_count:
@@ -81,7 +83,9 @@ def _faults(node: Mapping[str, Any], name: str) -> list[str]:
     if faults:
         return faults
     low, high = numbers["low"], numbers["high"]
-    if low >= high:
+    if not _is_finite(high - low):
+        faults.append(f"{name}: high - low is infinite, from {low} to {high}; bring them closer")
+    elif low >= high:
         faults.append(f"{name}: low is {low}, high is {high}; low must lie below high, swap them")
     elif not low <= numbers.get("start", low) <= high:
         faults.append(f"{name}.start is {numbers['start']}; it must lie in [{low}, {high}]")

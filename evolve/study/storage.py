@@ -25,7 +25,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Table, delete, func, insert, select, update
 
-from evolve.errors import StorageError
+from evolve.errors import ResumeRefusedError, StorageError
 from evolve.study.database import Database, TakenError
 
 T = TypeVar("T")
@@ -73,11 +73,19 @@ class Storage:
 
         Args:
             n_values: how many values a new study's trials have, all maximised.
+
+        Raises:
+            ResumeRefusedError: study.db holds another study alone.
         """
         database = Database(folder, url)
         database.let_read()
         study_id = _found(database, name)
         if study_id is None:
+            if url is None and (others := database.optuna.get_all_studies()):
+                raise ResumeRefusedError(
+                    f"{folder} holds the search {others[0].study_name!r} and no study.json that says so; "
+                    f"put that back, or give another --storage-path"
+                )
             with suppress(DuplicatedStudyError):  # another run was quicker; the lease decides
                 database.optuna.create_new_study([StudyDirection.MAXIMIZE] * n_values, name)
             study_id = _found(database, name)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -74,11 +75,8 @@ class Study(Record):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SearchFileError(
-                f"--storage-path is {folder}, which cannot be made a folder "
-                f"({error.strerror}); name another"
-            ) from None
-        name = folder.resolve().name.removesuffix("-search")
+            raise _unusable(folder, error) from None
+        name = _name_of(folder)
         with ExitStack() as held:
             held.enter_context(alone_in(folder))
             url = _storage_of(folder, url)
@@ -134,16 +132,35 @@ class Study(Record):
             return cls.open(folder, url).search_file()
         if url is None:
             return None
-        name = folder.resolve().name.removesuffix("-search")
+        name = _name_of(folder)
         storage = Storage.open(folder, url, name)
         data = cls(folder, name, storage).note("search_file") if storage else None
         return None if data is None else SearchFile(data, name)
 
     def search_file(self) -> SearchFile:
-        """Return the resolved search file that the study was run with."""
-        found = SearchFile.load(self.folder / "search.yml")
+        """Return the resolved search file that the study was run with; the record has it, too."""
+        file = self.folder / "search.yml"
+        if not file.exists() and (data := self.note("search_file")) is not None:
+            return SearchFile(data, self.name)
+        found = SearchFile.load(file)
         found.name = self.name
         return found
+
+    @classmethod
+    def check(cls, folder: Path, url: str | None, identity: Mapping[str, Any]) -> None:
+        """Check that a search may begin in `folder` or go on there, and leave nothing behind.
+
+        Raises:
+            SearchFileError, ResumeRefusedError, StorageError: as `create_or_resume`.
+        """
+        if cls.is_in(folder):
+            cls.open(folder, url)._refuse_other(identity)
+            return
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        try:
+            TemporaryDirectory(dir=place).cleanup()
+        except OSError as error:
+            raise _unusable(folder, error) from None
 
     def _share(self, folder: Path) -> None:
         """Keep outcomes in a folder that other hosts see, from the first one on.
@@ -167,10 +184,10 @@ class Study(Record):
             stored = {}
         identity = json.loads(json.dumps(identity))
         faults = [
-            f"{topic}: the search in {self.folder} has {_short(stored.get(topic))}, this one has "
-            f"{_short(value)}; undo the change or give another --storage-path"
+            f"{where}: the search in {self.folder} has {before}, this one has {now}; undo the change or "
+            f"give another --storage-path"
             for topic, value in identity.items()
-            if stored.get(topic) != value
+            for where, before, now in _differences(topic, stored.get(topic), value)
         ]
         if faults:
             raise ResumeRefusedError(faults)
@@ -311,6 +328,33 @@ def _storage_of(folder: Path, url: str | None) -> str | None:
             f"or give another --storage-path"
         )
     return url or kept
+
+
+def _name_of(folder: Path) -> str:
+    """Return the name of the study in a folder, which may have been renamed, or a new one's."""
+    if Study.is_in(folder):
+        return checked_about(folder)[0]
+    return folder.resolve().name.removesuffix("-search")
+
+
+def _unusable(folder: Path, error: OSError) -> SearchFileError:
+    return SearchFileError(
+        f"--storage-path is {folder}, which cannot be made a folder ({error.strerror}); name another"
+    )
+
+
+def _differences(where: str, before: Any, now: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield where two JSON values differ, and what each of them has there."""
+    if before == now:
+        return
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(f"{where}.{key}", before.get(key), now.get(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _differences(f"{where}[{i}]", one, other)
+    else:
+        yield where, _short(before), _short(now)
 
 
 def _short(value: Any) -> str:

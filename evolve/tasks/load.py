@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -9,7 +10,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -238,23 +239,48 @@ def quiet_lm_eval() -> None:
 
 
 def task_fingerprint(task: Any) -> str:
-    """Fingerprint what a task's file says and what its local data files hold.
+    """Fingerprint what a task's file says, what its local data files hold, and its functions' files.
 
     Where the files lie does not count; data sets of the Hub go by their name.
     """
-    config = dict(task.dump_config())
-    data = (config.pop("dataset_kwargs", None) or {}).get("data_files") or {}
+    config = task.config.to_dict(keep_callable=True)
     config.pop("metadata", None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=_spelled).encode())
-    for named in data.values() if isinstance(data, Mapping) else [data]:
-        for file in [named] if isinstance(named, str) else named:
-            if Path(file).is_file():
-                digest.update(Path(file).read_bytes())
-    return digest.hexdigest()[:16]
+    # Data are looked for where lm-eval is started, and beside the function that reads them.
+    folders = [Path()]
+    if (file := _source_of(config.get("custom_dataset"))) is not None:
+        folders.append(file.parent)
+    config["dataset_kwargs"] = _with_contents(config.get("dataset_kwargs"), folders)
+    text = json.dumps(config, sort_keys=True, default=_spelled)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _with_contents(value: Any, folders: Sequence[Path]) -> Any:
+    """Put in place of each name of a file what the file holds, as a digest."""
+    if isinstance(value, Mapping):
+        return {key: _with_contents(part, folders) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_contents(part, folders) for part in value]
+    if isinstance(value, str):
+        with contextlib.suppress(OSError, ValueError):  # no path at all
+            for file in (folder / value for folder in folders):
+                if file.is_file():
+                    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return value
+
+
+def _source_of(function: Any) -> Path | None:
+    """Return the file that a function of the user's stands in; None for those of libraries."""
+    try:
+        file = Path(inspect.getsourcefile(function) or "")
+    except TypeError:
+        return None
+    return file if file.is_file() and "site-packages" not in file.parts else None
 
 
 def _spelled(value: Any) -> str:
-    """Spell a function by its source, and what else is no plain data by its kind."""
+    """Spell a function by its file or, in a library, its source; what else is no data by its kind."""
+    if (file := _source_of(value)) is not None:
+        return file.read_text(encoding="utf-8", errors="replace")
     try:
         return inspect.getsource(value)
     except (TypeError, OSError):

@@ -68,11 +68,14 @@ def copy_tokenizer(source: Path, target: Path, model: Path | None = None) -> Non
         shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, overwrite: bool, keep: Iterable[Path] = ()) -> None:
     """Refuse an output folder that would lose somebody's files.
 
+    Args:
+        keep: files and folders that are read, which must not be replaced.
+
     Raises:
-        OutputError: it exists and is not empty, or is a file.
+        OutputError: it exists and is not empty, is a file, or holds what must be kept.
     """
     if folder.is_file():
         raise OutputError(f"OUT is {folder}, which is a file; name a folder")
@@ -80,19 +83,28 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise OutputError(
             f"OUT is {folder}, which exists and is not empty; add --overwrite to replace it"
         )
+    for path in keep:
+        if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(
+                f"OUT is {folder}, and --overwrite would delete {path}, which is read for it; name "
+                f"another folder"
+            )
 
 
 @contextmanager
-def complete_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
+def complete_folder(folder: Path, overwrite: bool, keep: Iterable[Path] = ()) -> Iterator[Path]:
     """Give a temporary folder beside `folder` and rename it into place at the end.
 
     Whatever happens inside, `folder` is either as it was or complete. A process that is killed
     leaves its temporary folder, which the next one that writes to `folder` removes.
 
+    Args:
+        keep: see `check_output`.
+
     Raises:
         OutputError: `folder` may not or cannot be written.
     """
-    check_output(folder, overwrite)
+    check_output(folder, overwrite, keep)
     folder = folder.resolve()  # a symbolic link stays one
     part = folder.parent / f"{folder.name}.part-{os.getpid()}"
     old = folder.parent / f"{folder.name}.part-old-{os.getpid()}"

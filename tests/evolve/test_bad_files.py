@@ -215,6 +215,35 @@ def test_models_of_different_shapes_are_refused_with_names_and_shapes(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_check_refuses_what_the_run_would(
+    tmp_path: Path, evolve_here: Callable[..., tuple[int, str, str]]
+) -> None:
+    search = tmp_path / "search.yml"
+    search.write_text(QUICKSTART)
+    (tmp_path / "file").touch()
+    for arguments, said in (
+        (["--storage-path", "/proc/x"], "--storage-path is /proc/x, which cannot be made a folder"),
+        (["--storage-path", str(tmp_path / "file/x")], "file/x, which cannot be made a folder"),
+        (["--artifacts", str(tmp_path / "x")], "--artifacts is"),
+    ):
+        status, _, err = evolve_here("run", str(search), *arguments, "--check")
+        assert status == 2
+        assert said in err
+    assert {path.name for path in tmp_path.iterdir()} == {"search.yml", "file"}
+
+
+@pytest.mark.parametrize("name", ["search.yml", "best.yml"])
+def test_a_search_file_in_the_searchs_own_place_is_not_replaced(
+    tmp_path: Path, name: str, evolve_here: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / name).write_text(QUICKSTART)
+    status, _, err = evolve_here("run", str(tmp_path / name), "--storage-path", str(tmp_path))
+    assert status == 2
+    assert f"where the search keeps a {name} of its own" in err
+    assert (tmp_path / name).read_text() == QUICKSTART
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_all_faults_are_told_at_once_and_soon(tmp_path: Path) -> None:
     search = tmp_path / "search.yml"
     tasks = ["no_such_task", {"name": "qs_sort", "metric": "x"}]

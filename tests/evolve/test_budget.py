@@ -94,6 +94,12 @@ def test_time_counts_over_all_runs(tmp_path: Path) -> None:
     assert len(params(more)) > 2
 
 
+def test_where_nothing_could_begin_the_limit_is_named(tmp_path: Path) -> None:
+    data = result_json(run(limited(2, timeout_s=0.001), folder=tmp_path / "s"))
+    assert data["n_trials"] == 0
+    assert data["verdict"].startswith("no verdict: no candidate was begun, it ended at search.timeout_s")
+
+
 def test_gpu_hours_are_those_that_gpus_are_held(tmp_path: Path) -> None:
     # A worker may hold GPUs that this machine does not have.
     file = limited(300, max_gpu_hours=2 / 3600)

@@ -22,6 +22,9 @@ from huggingface_hub import ModelCard
 from evolve import merge_progress
 from evolve.cli import main
 from evolve.cli.merge import _NOTHING_TO_DO
+from evolve.errors import PausedError
+from merge_core.errors import OutputError
+from merge_core.merge import save_merged
 from merge_core.methods import METHODS
 from merge_core.recipe import Recipe
 
@@ -176,6 +179,50 @@ def test_verbose_names_models_and_twice_every_tensor(
     assert "lm_head.weight: " not in err
     _, _, err = evolve("merge", recipe, tmp_path / "out", "-vv", "--overwrite")
     assert err.count(": dare_ties\n") == 39
+
+
+@pytest.mark.parametrize("place", ["the models' folder", "a model", "the recipe's folder"])
+def test_what_is_merged_is_not_overwritten(
+    evolve: Command, tmp_path: Path, llamas: Any, place: str
+) -> None:
+    for name in ("x", "y"):
+        shutil.copytree(getattr(llamas, name), tmp_path / "models" / name)
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes/r.yml"
+    recipe.write_text(TEXT.format(base=llamas.base, x=tmp_path / "models/x", y=tmp_path / "models/y"))
+    folders = {"the models' folder": "models", "a model": "models/x", "the recipe's folder": "recipes"}
+    before = sorted(tmp_path.rglob("*"))
+    status, _, err = evolve("merge", recipe, tmp_path / folders[place], "--overwrite")
+    assert status == 2
+    assert "--overwrite would delete" in err
+    assert sorted(tmp_path.rglob("*")) == before
+    if place == "a model":
+        with pytest.raises(OutputError, match="--overwrite would delete"):
+            save_merged(Recipe.load(recipe), tmp_path / "models/x", overwrite=True)
+
+
+def test_a_merge_that_is_stopped_claims_no_record(
+    evolve: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise PausedError
+
+    monkeypatch.setattr("merge_core.merge.save_merged", stopped)
+    status, _, err = evolve("merge", recipe, tmp_path / "out")
+    assert status == 130
+    assert err.splitlines()[-1].startswith("stopped; nothing is left half-written")
+
+
+def test_a_filter_that_matches_nothing_is_a_warning(evolve: Command, tmp_path: Path, llamas: Any) -> None:
+    setting = "[{filter: mpl, value: 0.4}, {filter: mlp, value: 0.2}, {value: 0.5}]"
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        f"merge_method: linear\nmodels:\n  - {{model: {llamas.x}, parameters: {{weight: {setting}}}}}\n"
+    )
+    status, _, err = evolve("merge", recipe, tmp_path / "out")
+    assert status == 0
+    assert "warning: filter 'mpl' of weight matches no tensor" in err
+    assert "filter 'mlp'" not in err
 
 
 def test_threads_and_device(evolve: Command, recipe: Path, tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def test_points_win_over_granularity() -> None:
         ({"low": 0, "high": 1, "points": 10**9}, "from 2 to 1000"),
         ({"low": 0, "high": 10**400}, "must be a finite number"),
         ({"low": "a", "high": 1}, "must be a finite number"),
+        ({"low": -1e308, "high": 1e308}, "high - low is infinite"),
+        ({"low": 1, "high": 2, "log": "no"}, "log is 'no'; it must be true or false"),
         ({"choices": [1]}, "at least two different values"),
         ({"choices": [1, 2], "start": 3}, "one of the choices"),
     ],
