@@ -246,6 +246,7 @@ def make_plan(
     if not faults:  # a signal at fault is told above
         faults += constraint_faults(search_file.search, sets[0], _base_on_disk(start))
         faults += [fault for tasks in sets for fault in reference_faults(tasks.tasks, start, sources)]
+        faults += [fault for reported in sets[1:] for fault in reported.shared_faults(sets[0])]
         try:
             at_once = resolve_adapters(search_file, space, sources, device)
             search_file = search_file.changed(search={"adapters_at_once": at_once})

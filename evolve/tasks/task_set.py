@@ -199,6 +199,30 @@ class TaskSet:
             self._following[signal] = followed
         return self._following[signal]
 
+    def shared_faults(self, searched: TaskSet) -> list[str]:
+        """List the entries that ask a task which candidates are searched on, as it is or in a group.
+
+        Args:
+            searched: the entries of `tasks:`; this set's own are those of another section.
+        """
+        faults = []
+        for i, spec, leaves in self._leaf_names():
+            for j, other, others in searched._leaf_names():
+                if shared := [name for name in leaves if name in others]:
+                    more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+                    faults.append(
+                        f"report_only[{i}].name is {spec.name!r}, which asks {shared[0]}{more} like "
+                        f"tasks[{j}].name {other.name!r}; what is searched on is not unseen, remove one "
+                        f"of them"
+                    )
+        return faults
+
+    def _leaf_names(self) -> Iterator[tuple[int, TaskSpec, list[str]]]:
+        """Yield the entries that lm-eval knows, by number, with the names of their leaves."""
+        for i, (spec, task) in enumerate(zip(self._specs, self.tasks, strict=True)):
+            if spec.kind == "task":
+                yield i, spec, [leaf.task.task_name for leaf in task.leaves]
+
     def notices(self) -> list[str]:
         """Say of each benchmark that candidates are scored on what others are measured on."""
         return [

@@ -243,6 +243,32 @@ def test_a_task_cannot_be_searched_on_and_only_reported() -> None:
         small(2, report_only=["qs_sort"])
 
 
+@pytest.mark.parametrize(
+    ("tasks", "reported", "fault"),
+    [
+        (["both"], ["qs_sort"], "asks qs_sort like tasks[0].name 'both'"),
+        (["qs_largest", "qs_sort"], ["both"], "asks qs_sort like tasks[1].name 'qs_sort'"),
+        (["both"], ["all"], "asks qs_sort and 1 more like tasks[0].name 'both'"),
+        (["qs_largest"], ["both"], None),
+    ],
+)
+def test_what_is_searched_on_in_a_group_cannot_be_only_reported(
+    tmp_path: Path, tasks: list[str], reported: list[str], fault: str | None
+) -> None:
+    score = "aggregate_metric_list: [{metric: exact_match, aggregation: mean, weight_by_size: true}]\n"
+    for name, members in (("both", "qs_sort, qs_reverse"), ("all", "qs_sort, qs_reverse, qs_largest")):
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: [{members}]\n{score}")
+    search = small(2, tasks=tasks, report_only=reported)
+    search = search.changed(scoring={"task_paths": ["tasks", str(tmp_path)]})
+    if fault is None:
+        make_plan(search)
+        return
+    with pytest.raises(SearchFileError) as error:
+        make_plan(search)
+    assert len(error.value.faults) == 1
+    assert f"report_only[0].name is {reported[0]!r}, which {fault}; " in error.value.faults[0]
+
+
 def test_what_is_reported_is_checked_like_any_task() -> None:
     with pytest.raises(SearchFileError, match=r"report_only\[0\].name is 'qs_revers'.*'qs_reverse'"):
         make_plan(small(2, report_only=["qs_revers"]))
