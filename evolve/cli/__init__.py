@@ -60,8 +60,6 @@ def main() -> None:
     pause_on_signals()
     try:
         result = app(standalone_mode=False)
-    except typer.Abort:
-        end(["interrupted"], EXIT_PAUSED)
     except PausedError:
         say(pause_text())
         raise SystemExit(EXIT_PAUSED) from None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evolve.errors import PausedError
 from evolve.merge_progress import duration, progress, say
 from evolve.redaction import redacted, secret_faults
 from merge_core.errors import OutputError, RecipeError
@@ -219,24 +218,21 @@ def merge(
     text = redacted(recipe.read_text(encoding="utf-8"))
     if random_seed is not None:  # another recipe than the file's, about which the same is to be known
         text = "".join(f"# {NOTICE}{notice}\n" for notice in head_notices(text)) + parsed.to_yaml()
-    try:
-        with progress(plan, sum(planned.n_bytes for planned in plan), quiet, verbose) as on_tensor:
-            save_merged(
-                parsed,
-                out,
-                sources=sources,
-                recipe_text=text,
-                overwrite=overwrite,
-                shard_bytes=shard_bytes,
-                with_tokenizer=copy_tokenizer,
-                with_card=write_model_card,
-                evaluation=evaluation,
-                device=device,
-                on_tensor=on_tensor,
-                **plan_options,
-            )
-    except PausedError:  # a merge has nothing to go on from
-        raise typer.Abort from None
+    with progress(plan, sum(planned.n_bytes for planned in plan), quiet, verbose) as on_tensor:
+        save_merged(
+            parsed,
+            out,
+            sources=sources,
+            recipe_text=text,
+            overwrite=overwrite,
+            shard_bytes=shard_bytes,
+            with_tokenizer=copy_tokenizer,
+            with_card=write_model_card,
+            evaluation=evaluation,
+            device=device,
+            on_tensor=on_tensor,
+            **plan_options,
+        )
     print(f"wrote {out}")
     if push_to_hub:
         from evolve.hub import push
