@@ -10,7 +10,8 @@ import typer
 FolderArgument = Annotated[Path, typer.Argument(help="storage path of a search", metavar="DIR")]
 TaskOption = Annotated[list[str] | None, typer.Option("--task", help="lm-eval task or group; repeatable")]
 TaskPathOption = Annotated[
-    list[str] | None, typer.Option("--task-path", help="folder of task files; repeatable")
+    list[str] | None,
+    typer.Option("--task-path", help="folder of task files, beside the file's own; repeatable"),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="torch device: cpu, cuda, cuda:1; default: a GPU if any")
