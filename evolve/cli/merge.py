@@ -256,11 +256,12 @@ def _bytes(option: str, text: str) -> int:
     units = {"K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
     unit = units.get(text[-1:].upper())
     try:
-        return int(float(text[:-1]) * unit) if unit else int(text)
+        size = float(text[:-1]) * unit if unit else int(text)
+        if size >= 0:
+            return int(size)
     except (ValueError, OverflowError):
-        raise RecipeError(
-            f"{option} is {text!r}; it must be a number of bytes such as 5B, 500M or 0"
-        ) from None
+        pass
+    raise RecipeError(f"{option} is {text!r}; it must be a number of bytes such as 5B, 500M or 0")
 
 
 def _describe(recipe: Recipe, sources: Sources, plan: Sequence[Planned], device: str) -> None:

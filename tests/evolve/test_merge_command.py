@@ -237,6 +237,8 @@ def test_threads_and_device(evolve: Command, recipe: Path, tmp_path: Path) -> No
     [
         (["--device", "banana"], "--device is 'banana'"),
         (["--out-shard-size", "many"], "--out-shard-size is 'many'"),
+        (["--out-shard-size", "-5"], "--out-shard-size is '-5'; it must be a number of bytes"),
+        (["--out-shard-size", "-0.1K"], "--out-shard-size is '-0.1K'; it must be a number of bytes"),
         (["--private"], "--push-to-hub"),
         (["-j", "0"], "--num-threads"),
         (["--no-such-flag"], "--no-such-flag"),
