@@ -54,8 +54,14 @@ for _side in (_Loader, _Dumper):
 
 
 def is_recipe_file(reference: str) -> bool:
-    """Tell whether a reference names a recipe: any file but one of weights, whatever it is called."""
-    return os.path.isfile(reference) and Path(reference).suffix not in STATE_DICT_SUFFIXES
+    """Tell whether a reference names a recipe: any file but one of weights, whatever it is called.
+
+    Where nothing of that name exists, a recipe is missed if it ends like one, else a model.
+    """
+    suffix = Path(reference).suffix
+    if os.path.exists(reference):
+        return os.path.isfile(reference) and suffix not in STATE_DICT_SUFFIXES
+    return suffix.lower() in (".yml", ".yaml")
 
 
 def load_yaml(path: str | Path) -> Any:

@@ -57,12 +57,13 @@ def extract_lora(
     from merge_core.extract import ExtractOptions, extract, save_adapter
     from merge_core.plan import model_alone, plan_merge
     from merge_core.recipe import Recipe
+    from merge_core.recipe_yaml import is_recipe_file
     from merge_core.sources import Sources
 
     check_output(out, overwrite)
     if num_threads:
         torch.set_num_threads(num_threads)
-    is_recipe = Path(model).suffix in (".yml", ".yaml")
+    is_recipe = is_recipe_file(model)
     recipe = Recipe.load(model) if is_recipe else model_alone(model)
     own = model_alone(base)
     options = ExtractOptions(

@@ -102,8 +102,9 @@ def test_a_recipe_may_have_any_name_and_a_file_of_weights_none(tmp_path: Path) -
         evaluate_models(names[:1], options)[0]["scores"]
     ] * 3
     path.rename(path.with_suffix(".bin"))
-    with pytest.raises(SearchFileError, match=r"recipe.bin"):
-        evaluate_models([str(path.with_suffix(".bin"))], options)
+    for name, message in (("recipe.bin", "recipe.bin"), ("missing.yml", "missing.yml: no such file")):
+        with pytest.raises(SearchFileError, match=message):
+            evaluate_models([str(path.with_name(name))], options)
 
 
 def test_a_search_file_is_no_recipe(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ def test_what_is_extracted_stands_for_the_model_in_a_recipe(llamas, tmp_path, mo
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
 
 
-def test_a_recipe_is_extracted_like_a_model(llamas, tmp_path, monkeypatch):
-    recipe = tmp_path / "recipe.yml"
+@pytest.mark.parametrize("name", ["recipe.yml", "recipe"])
+def test_a_recipe_is_extracted_like_a_model(name, llamas, tmp_path, monkeypatch):
+    recipe = tmp_path / name
     recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {llamas.y}}}]\n")
     assert run(monkeypatch, recipe, llamas.base, tmp_path / "a", "--max-rank", 2) == 0
     assert run(monkeypatch, llamas.y, llamas.base, tmp_path / "b", "--max-rank", 2) == 0
