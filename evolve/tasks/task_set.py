@@ -101,10 +101,10 @@ class TaskSet:
         for i, task in found.items():
             faults += _against_direction(entries[i], specs[i], task)
         self.tasks = [replace(task, key=_key(specs[i], task, specs)) for i, task in sorted(found.items())]
-        self.notes = []
+        self.notes = _kept_without_examples(loaded, scoring)
         if scoring.draw != "seeded":
             # The search documents come first, and may leave none.
-            self.notes = list(_notes(specs, found, scoring))
+            self.notes += _notes(specs, found, scoring)
             if not self.has_holdout:
                 self.tasks = [_without_holdout(task) for task in self.tasks]
         elif scoring.holdout:
@@ -278,6 +278,21 @@ def _against_direction(field: str, spec: TaskSpec, task: ScoredTask) -> list[str
     return [
         f"{field}.direction is {spec.direction!r}, but {what} is better when it is "
         f"{'higher' if task.higher_is_better else 'lower'}; remove direction"
+    ]
+
+
+def _kept_without_examples(loaded: Mapping[str, Loaded], scoring: ScoringSettings) -> list[str]:
+    """Say where lm-eval gives no examples though some are wanted: a task that declares 0 keeps 0."""
+    names = [
+        name
+        for name, item in loaded.items()
+        if any(leaf.get_config("num_fewshot") == 0 for leaf in item.leaves)
+    ]
+    if not scoring.num_fewshot or not names:
+        return []
+    return [
+        f"scoring.num_fewshot is {scoring.num_fewshot}; it does not hold for {', '.join(names)}: "
+        f"num_fewshot: 0 in a task's own file stays, as in lm-eval"
     ]
 
 

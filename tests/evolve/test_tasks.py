@@ -177,6 +177,19 @@ def test_a_changed_task_file_or_its_data_make_another_fingerprint(group_folder: 
             path.write_text(text)
 
 
+@pytest.mark.parametrize(("num_fewshot", "n_notes"), [(None, 0), (0, 0), (1, 1)])
+def test_a_task_that_keeps_no_examples_against_the_setting_is_noted(
+    num_fewshot: int | None, n_notes: int, group_folder: str, tmp_path: Path
+) -> None:
+    text = Path(group_folder, "small.yaml").read_text()
+    zero = text.replace("g_small", "g_zero").replace("num_fewshot: 2", "num_fewshot: 0")
+    (tmp_path / "zero.yaml").write_text(zero)
+    paths = [group_folder, str(tmp_path)]
+    notes = task_set(["g_both", "g_zero"], task_paths=paths, num_fewshot=num_fewshot).notes
+    assert len(notes) == n_notes
+    assert all("num_fewshot is 1; it does not hold for g_zero: " in note for note in notes)
+
+
 @pytest.mark.parametrize(
     "value", [{1, 2}, {("a", 1): 2}, [1.5, {"a": None}], object, float("nan")], ids=repr
 )
