@@ -256,7 +256,12 @@ def make_plan(
         raise SearchFileError(faults)
     tasks, *reported = sets
     planned = plan_merge(start, sources)
-    notes = [*space.notes, *tasks.notes, *planned.warnings, *unmatched_filters(start, planned)]
+    notes = [
+        *space.notes,
+        *dict.fromkeys(note for each in sets for note in each.notes),
+        *planned.warnings,
+        *unmatched_filters(start, planned),
+    ]
     if n_adapters := search_file.search.n_adapters:
         notes.append(
             f"candidates are scored {n_adapters} at once, as adapters; finalists and baselines as merges"

@@ -202,7 +202,8 @@ class Study(Record):
         finalists = [finalist.number for finalist in self._current_finalists()]
         complete = [trial for trial in self._trials if trial.state == TrialState.COMPLETE]
         values = np.array([trial.values for trial in complete])
-        order = ranking(values, [total_violation(trial) for trial in complete])
+        sums = [float(trial.user_attrs["objective"]) for trial in complete]
+        order = ranking(values, [total_violation(trial) for trial in complete], sums)
         others = [complete[i] for i in order if complete[i].number not in finalists]
         return [*(self._trials[number] for number in finalists), *others]
 
