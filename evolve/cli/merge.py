@@ -172,6 +172,8 @@ def merge(
     plan = plan_merge(parsed, sources, **plan_options)
     for folder in (out, *results):
         check_output(folder, overwrite, sources.folders(parsed))
+        if folder.resolve() in [path.resolve() for path in sources.folders(parsed)]:
+            say(f"warning: {folder} is one of the models; it is replaced by the merge at the end")
     for warning in (*parsed.check()[1], *plan.warnings, *unmatched_filters(parsed, plan)):
         say(f"warning: {warning}")
     checkpoint = sources.within(parsed, **plan_options).architecture(donor(parsed)).checkpoint

@@ -72,7 +72,8 @@ def check_output(folder: Path, overwrite: bool, keep: Iterable[Path] = ()) -> No
     """Refuse an output folder that would lose somebody's files.
 
     Args:
-        keep: files and folders that are read, which must not be replaced.
+        keep: files and folders that are read for it. One of them may be named to be replaced; none
+            goes with a folder around it.
 
     Raises:
         OutputError: it exists and is not empty, is a file, or holds what must be kept.
@@ -84,7 +85,7 @@ def check_output(folder: Path, overwrite: bool, keep: Iterable[Path] = ()) -> No
             f"OUT is {folder}, which exists and is not empty; add --overwrite to replace it"
         )
     for path in keep:
-        if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+        if folder.is_dir() and folder.resolve() in path.resolve().parents:
             raise OutputError(
                 f"OUT is {folder}, and --overwrite would delete {path}, which is read for it; name "
                 f"another folder"

@@ -181,7 +181,7 @@ def test_verbose_names_models_and_twice_every_tensor(
     assert err.count(": dare_ties\n") == 39
 
 
-@pytest.mark.parametrize("place", ["the models' folder", "a model", "the recipe's folder"])
+@pytest.mark.parametrize("place", ["models", "recipes"])
 def test_what_is_merged_is_not_overwritten(
     evolve: Command, tmp_path: Path, llamas: Any, place: str
 ) -> None:
@@ -190,15 +190,17 @@ def test_what_is_merged_is_not_overwritten(
     (tmp_path / "recipes").mkdir()
     recipe = tmp_path / "recipes/r.yml"
     recipe.write_text(TEXT.format(base=llamas.base, x=tmp_path / "models/x", y=tmp_path / "models/y"))
-    folders = {"the models' folder": "models", "a model": "models/x", "the recipe's folder": "recipes"}
     before = sorted(tmp_path.rglob("*"))
-    status, _, err = evolve("merge", recipe, tmp_path / folders[place], "--overwrite")
+    status, _, err = evolve("merge", recipe, tmp_path / place, "--overwrite")
     assert status == 2
     assert "--overwrite would delete" in err
     assert sorted(tmp_path.rglob("*")) == before
-    if place == "a model":
+    if place == "models":
         with pytest.raises(OutputError, match="--overwrite would delete"):
-            save_merged(Recipe.load(recipe), tmp_path / "models/x", overwrite=True)
+            save_merged(Recipe.load(recipe), tmp_path / "models", overwrite=True)
+        status, _, err = evolve("merge", recipe, tmp_path / "models/x", "--overwrite")
+        assert status == 0
+        assert "models/x is one of the models; it is replaced" in err
 
 
 def test_a_merge_that_is_stopped_claims_no_record(
