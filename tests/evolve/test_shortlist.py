@@ -197,17 +197,17 @@ def test_rounds_of_a_race_are_shared_within_the_budget(
 ) -> None:
     """Each job of a round is counted before the next one is drawn."""
     data = SearchFile.load(ROOT / "configs/quickstart.yml").as_dict()
-    data["search"] |= {"n_iterations": 16, "sampler": "random", "racing": "always"}
-    data["scoring"] |= {"limit": 60, "holdout": 20}
+    data["search"] |= {"n_iterations": 12, "sampler": "random", "racing": "always"}
+    data["scoring"] |= {"limit": 40, "holdout": 10}
     log: list[tuple[str, int]] = []
     monkeypatch.setattr(session, "start_pool", lambda *args: Several(start_pool(*args), log))
     whole = run(SearchFile(data), folder=tmp_path / "whole").study
     assert max(n for kind, n in log if kind == "final") == 3
     asked = sum(t.user_attrs["documents"] for t in whole.trials()) + whole.note("finals")["documents"]
-    data["search"]["max_documents"] = asked - 60
+    data["search"]["max_documents"] = asked - 40
     less = run(SearchFile(data), folder=tmp_path / "less").study
     spent = sum(t.user_attrs["documents"] for t in less.trials()) + less.note("finals")["documents"]
-    assert spent <= asked - 60
+    assert spent <= asked - 40
     assert less.has_finals
 
 
