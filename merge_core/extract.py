@@ -23,7 +23,7 @@ from merge_core.checkpoint.read import ADAPTER_CONFIG
 from merge_core.checkpoint.write import complete_folder
 from merge_core.errors import CheckpointError
 from merge_core.merge import merged_tensors
-from merge_core.plan import donor, merged_config
+from merge_core.plan import donor, merged_config, model_alone
 from merge_core.recipe import Recipe
 from merge_core.resident import build_model
 from merge_core.sources import Sources
@@ -151,7 +151,7 @@ def extract(
     found.error = (max(0.0, lost) / total) ** 0.5 if total else 0.0
     if not found.tensors:
         raise CheckpointError(
-            f"model {donor(recipe)!r} has no change against {donor(base)!r} to extract; name a "
+            f"{_named(recipe)} has no change against {donor(base)!r} to extract; name a "
             f"fine-tune, or other modules"
         )
     return found
@@ -236,6 +236,12 @@ def _saved(module: str, kind: str, options: ExtractOptions) -> bool:
     return kind in ("embedding", "head") and not options.embed_lora
 
 
+def _named(recipe: Recipe) -> str:
+    """Name what is extracted from: a model, or a recipe's result."""
+    model = donor(recipe)
+    return f"model {model!r}" if recipe == model_alone(model) else "the recipe's result"
+
+
 def _pairs(recipe: Recipe, base: Recipe, sources: Sources) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Walk over the tensors of both models together: name, the model's, the base's.
 
@@ -245,7 +251,7 @@ def _pairs(recipe: Recipe, base: Recipe, sources: Sources) -> Iterator[tuple[str
     theirs = merged_tensors(base, sources)
     known = dict(_shapes(base, sources))
     wanted = dict(_shapes(recipe, sources))
-    where = f"model {donor(recipe)!r} and its base {donor(base)!r}"
+    where = f"{_named(recipe)} and its base {donor(base)!r}"
     lacking = [name for name in (*known, *wanted) if name not in known or name not in wanted]
     if lacking:
         raise CheckpointError(

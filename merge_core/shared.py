@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -83,6 +84,19 @@ class SharedTensors:
         """Leave the folder; the last one removes it. What is mapped stays until it is let go."""
         os.close(self._lock)
         _remove_unused(self._folder)
+
+
+def remove_shared(name: str, patience_s: float = 5.0) -> None:
+    """Remove a run's folder on this host, where processes that were killed have left it behind.
+
+    Args:
+        patience_s: how long those that are about to end may take.
+    """
+    folder = Path(tempfile.gettempdir()) / f"{_PREFIX}{name}"
+    until = time.monotonic() + patience_s
+    while folder.exists() and time.monotonic() < until:
+        _remove_unused(folder)
+        time.sleep(0.05)
 
 
 def _remove_unused(folder: Path) -> None:

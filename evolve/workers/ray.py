@@ -77,6 +77,7 @@ class RayPool:
         n_threads: how many each computes with at most; None = as many as it has cores.
         limit_s: gives the seconds that a job may take.
         say: told what is lost, replaced and tried again.
+        tidy_up: called when all workers have ended.
 
     Raises:
         SearchFileError: the cluster has not the GPUs for so many workers.
@@ -96,8 +97,11 @@ class RayPool:
         n_threads: int | None = None,
         limit_s: Callable[[Job], float | None] = no_limit,
         say: UnderWay = nobody_waits,
+        tidy_up: Callable[[], None] = lambda: None,
     ) -> None:
         self.size = size
+        self._tidy_up = tidy_up
+        self._is_alone = address is None
         self._make = start
         self._limit_s = limit_s
         self._say = say
@@ -196,6 +200,7 @@ class RayPool:
             _kill(actor)
         if self._owns_ray:
             ray.shutdown()
+        self._tidy_up()
 
     # ---- what happens ---------------------------------------------------------------------------
 
@@ -304,11 +309,21 @@ class RayPool:
         self._backlog.appendleft(tries)
 
     def _tell_if_nobody_works(self) -> None:
+        """Say that no worker is up.
+
+        Raises:
+            WorkersLostError: none can be: this machine's own Ray has died, which no host can join.
+        """
         now = time.monotonic()
         if self._free or self._busy:
             self._silent_since = now
         elif now - self._silent_since > _PATIENCE_S:
             self._silent_since = now
+            if self._is_alone and not any(node["Alive"] for node in ray.nodes()):
+                raise WorkersLostError(
+                    "Ray has died on this machine: it was killed, or memory ran out; run the same "
+                    "command again, it goes on where it was"
+                )
             self._say("no worker is up; waiting for one to start, or for a host to join the cluster")
 
 

@@ -62,16 +62,19 @@ def start_pool(
     import torch
 
     from evolve.workers.ray import RayPool
+    from merge_core.shared import remove_shared
 
     gpus_each = gpus_wanted(plan.setup.engine.device, plan.setup.engine.options, workers.gpus_each)
-    setup = replace(plan.setup, shared_as=uuid4().hex)
+    shared_as = uuid4().hex
+    setup = replace(plan.setup, shared_as=shared_as)
     # On this machine no more threads than this process has: one worker apart gives the same numbers.
     n_threads = None if workers.ray_address else torch.get_num_threads()
     if gpus_each:  # Ray shows a worker its own devices alone
         setup = replace(setup, engine=replace(setup.engine, device=setup.engine.device.split(":")[0]))
     limit_s = time_limit(plan, plan.search_file.search.candidate_timeout_s)
     start = partial(Worker, setup)
-    return RayPool(start, workers.count, gpus_each, workers.ray_address, n_threads, limit_s, say)
+    tidy_up = partial(remove_shared, shared_as)
+    return RayPool(start, workers.count, gpus_each, workers.ray_address, n_threads, limit_s, say, tidy_up)
 
 
 def needs_actors(plan: Plan, workers: Workers, is_apart: bool = False) -> bool:

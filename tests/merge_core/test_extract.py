@@ -138,6 +138,10 @@ def test_models_that_differ_in_more_than_numbers_are_refused(stored, llamas):
     folders = stored("Llama", "float32").folders
     with pytest.raises(CheckpointError, match=r"differ in|same tensors"):
         extract(model_alone(llamas.x), model_alone(folders["base"]), FULL)
+    slices = [{"sources": [{"model": folders["x"], "layer_range": [0, 1]}]}]
+    shorter = Recipe.parse({"merge_method": "passthrough", "slices": slices})
+    with pytest.raises(CheckpointError, match=r"the recipe's result and its base .* same tensors"):
+        extract(shorter, model_alone(folders["base"]), FULL)
     with pytest.raises(CheckpointError, match="has no change"):
         extract(model_alone(folders["base"]), model_alone(folders["base"]), FULL)
 

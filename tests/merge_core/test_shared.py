@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merge_core.machine import divide_memory
 from merge_core.residence import available_host_bytes, host_share_bytes
-from merge_core.shared import SharedTensors
+from merge_core.shared import SharedTensors, remove_shared
 from merge_core.sources import Sources
 
 from ..conftest import Family
@@ -40,6 +40,21 @@ def test_the_folder_goes_with_the_last(tmp_path: Path) -> None:
     other.close()
     assert not list(tmp_path.iterdir())
     assert torch.equal(tensor, torch.ones(2))
+
+
+def test_what_killed_processes_left_can_be_removed_but_not_what_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / "evolve-shared-run"
+    left.mkdir()
+    (left / "cast").touch()
+    remove_shared("run")
+    assert not left.exists()
+    used = SharedTensors("run")
+    remove_shared("run", patience_s=0.2)
+    assert left.exists()
+    used.close()
 
 
 def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
