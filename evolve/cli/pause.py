@@ -21,7 +21,9 @@ _texts = [STOPPED]
 
 
 def pause_on_signals() -> None:
-    """Have either signal raise PausedError in the main thread."""
+    """Have either signal raise PausedError in the main thread; a command begins with this."""
+    _signals.clear()
+    _texts[:] = [STOPPED]
     signal.signal(signal.SIGTERM, _pause)
     signal.signal(signal.SIGINT, _pause)
 

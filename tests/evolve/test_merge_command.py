@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard
 from evolve import merge_progress
 from evolve.cli import main
 from evolve.cli.merge import _NOTHING_TO_DO
+from evolve.cli.pause import goes_on_later
 from evolve.errors import PausedError
 from merge_core.errors import OutputError
 from merge_core.merge import save_merged
@@ -209,6 +210,7 @@ def test_a_merge_that_is_stopped_claims_no_record(
     def stopped(*arguments: Any, **options: Any) -> None:
         raise PausedError
 
+    goes_on_later()  # as a command before this one may have said of itself
     monkeypatch.setattr("merge_core.merge.save_merged", stopped)
     status, _, err = evolve("merge", recipe, tmp_path / "out")
     assert status == 130
