@@ -11,8 +11,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from evolve.finals import FEWEST, are_needed
-from evolve.plan import Plan
+from evolve.plan import FEWEST_FINALISTS, Plan
 from evolve.search_file import SearchSettings
 from evolve.study import Study
 
@@ -46,8 +45,8 @@ def documents_a_candidate(plan: Plan) -> int:
 def documents_of_finals(plan: Plan) -> int:
     """Count the documents without which the finals name no winner; they are held back for them."""
     return (
-        min(FEWEST, plan.search_file.search.n_iterations) * plan.tasks.n_documents
-        if are_needed(plan)
+        min(FEWEST_FINALISTS, plan.search_file.search.n_iterations) * plan.tasks.n_documents
+        if plan.needs_finals
         else 0
     )
 

@@ -7,6 +7,7 @@ that would are refused before. It is served on loopback only, and to pages of it
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Container, Sequence
@@ -24,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evolve.errors import SearchFileError
 from evolve.study import Study
+from merge_core.errors import MergeError
 
 HOST = "127.0.0.1"
 # A page asks several things at once; the record is read once for them.
@@ -45,10 +47,14 @@ class RecordedStorage(BaseStorage):
         self._read_at = 0.0
         self._study: Study
         self._shown: list[FrozenTrial]
-        self._read()
+        self.read()
 
-    def _read(self) -> Study:
-        """Return the study as it is, or was a moment ago."""
+    def read(self) -> Study:
+        """Return the study as it is, or was a moment ago.
+
+        Raises:
+            SearchFileError, StorageError: it is gone, or cannot be read.
+        """
         with self._lock:
             if time.monotonic() - self._read_at > _READ_AGAIN_AFTER_S:
                 self._study = Study.open(self._folder)
@@ -62,7 +68,7 @@ class RecordedStorage(BaseStorage):
         """Return the one study."""
         return [
             FrozenStudy(
-                study_name=self._read().name,
+                study_name=self.read().name,
                 direction=None,
                 directions=self.get_study_directions(_STUDY_ID),
                 user_attrs=self.get_study_user_attrs(_STUDY_ID),
@@ -73,7 +79,7 @@ class RecordedStorage(BaseStorage):
 
     def get_study_id_from_name(self, study_name: str) -> int:
         """Return the study's number; KeyError for another name."""
-        if study_name != self._read().name:
+        if study_name != self.read().name:
             raise KeyError(study_name)
         return _STUDY_ID
 
@@ -103,7 +109,7 @@ class RecordedStorage(BaseStorage):
     def _of(self, study_id: int) -> Study:
         if study_id != _STUDY_ID:
             raise KeyError(study_id)
-        return self._read()
+        return self.read()
 
     # ---- its trials ---------------------------------------------------------------------------
 
@@ -116,7 +122,7 @@ class RecordedStorage(BaseStorage):
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """Return one trial; KeyError where there is none."""
-        self._read()
+        self.read()
         for trial in self._shown:
             if trial._trial_id == trial_id:
                 return trial
@@ -185,7 +191,8 @@ def server(folder: Path, port: int) -> WSGIServer:
     from optuna_dashboard import wsgi
 
     logging.getLogger("optuna").setLevel(logging.ERROR)
-    app = _only_reads(wsgi(RecordedStorage(folder)))
+    storage = RecordedStorage(folder)
+    app = _only_reads(wsgi(storage), storage)
     try:
         return make_server(HOST, port, app, server_class=_Server, handler_class=_Quiet)
     except (OSError, OverflowError) as error:
@@ -195,8 +202,11 @@ def server(folder: Path, port: int) -> WSGIServer:
         ) from None
 
 
-def _only_reads(app: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse what would write, and what a page of another site asks by a name that leads here."""
+def _only_reads(app: Callable[..., Any], storage: RecordedStorage) -> Callable[..., Any]:
+    """Refuse what would write, and what a page of another site asks by a name that leads here.
+
+    Where the record cannot be read just now, that is the answer.
+    """
 
     def checked(environ: dict[str, Any], start_response: Callable[..., Any]) -> Sequence[bytes]:
         host = environ.get("HTTP_HOST", "").lower().rpartition("@")[2].rsplit(":", 1)[0]
@@ -205,9 +215,14 @@ def _only_reads(app: Callable[..., Any]) -> Callable[..., Any]:
         elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             status, said = "405 Method Not Allowed", "a search's record is written by the search alone"
         else:
-            found: Sequence[bytes] = app(environ, start_response)
-            return found
+            try:
+                storage.read()
+            except MergeError as error:  # it was moved, or cannot be reached for a while
+                status, said = "503 Service Unavailable", "; ".join(error.faults)
+            else:
+                found: Sequence[bytes] = app(environ, start_response)
+                return found
         start_response(status, [("Content-Type", "application/json")])
-        return [f'{{"reason": "{said}"}}'.encode()]
+        return [json.dumps({"reason": said}).encode()]
 
     return checked

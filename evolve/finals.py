@@ -8,45 +8,25 @@ metric is the winner.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from evolve.budget import Budget
 from evolve.errors import SearchStoppedError
 from evolve.front import ranking
 from evolve.heats import Heats
 from evolve.kept import kept_outcomes
 from evolve.objectives import Objectives
 from evolve.plan import Plan
-from evolve.racing import FINALISTS
 from evolve.study import Finalist, Study
 from evolve.workers import Pool
 from evolve.workers.worker import Job
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
-
-    from evolve.budget import Budget
-
-# How many, where candidates were not raced: a twentieth of the candidates, and no fewer than three.
-SHARE = 0.05
-FEWEST = 3
-
-
-def are_needed(plan: Plan) -> bool:
-    """Tell whether the sampler sees something else than merges' metrics over all search documents."""
-    settings = plan.search_file.search
-    return settings.signal != "metric" or settings.racing == "always" or settings.n_adapters > 0
-
-
-def n_finalists(plan: Plan) -> int:
-    """Count the candidates that reach the finals."""
-    if race := plan.race():
-        return race.n_of(FINALISTS)
-    return max(FEWEST, math.ceil(SHARE * plan.search_file.search.n_iterations))
 
 
 def finals(
@@ -74,7 +54,7 @@ def finals(
         return
     ranked, n_documents = heats.elite(pool, budget, scored)
     # Of a front every member: the sampler finds none better than another.
-    n = max(n_finalists(plan), 0 if heats.race else len(study.front()))
+    n = max(plan.n_finalists, 0 if heats.race else len(study.front()))
     places = iter(ranked[: 2 * n])
     scores: dict[int, dict[str, float]] = {}
     is_spent = False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evolve.budget import Budget
 from evolve.front import front, ranking
 from evolve.kept import kept_outcomes
 from evolve.plan import Plan
@@ -21,8 +22,6 @@ from merge_core.recipe import Recipe
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
-
-    from evolve.budget import Budget
 
 
 class Heats:

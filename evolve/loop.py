@@ -16,12 +16,12 @@ from optuna.trial import FrozenTrial
 from evolve.budget import Budget
 from evolve.candidates import Candidates
 from evolve.export import keep_current
-from evolve.finals import are_needed, finals
+from evolve.finals import finals
 from evolve.heats import Heats
 from evolve.judge import base_scores, judge, kept_verdict
 from evolve.plan import Plan
 from evolve.search_file import SearchFile
-from evolve.session import Progress, check_artifacts, folder_of, opened, settled_plan
+from evolve.session import Place, Progress, opened, settled_plan
 from evolve.study import Study
 from evolve.under_way import UnderWay, nobody_waits
 from evolve.verdict import Verdict
@@ -76,25 +76,23 @@ def run(
         PausedError: a signal asked for a pause; everything finished is recorded.
     """
     began = time.monotonic()
-    folder = folder_of(search_file, folder)
-    check_artifacts(artifacts)
+    place = Place.of(search_file, folder, storage, artifacts)
     plan = settled_plan(
         search_file,
-        folder,
-        storage,
+        place,
         device=device,
         trust_remote_code=trust_remote_code,
         allow_unsafe_code=allow_unsafe_code,
         under_way=under_way,
     )
-    with opened(plan, folder, storage, artifacts, began, progress) as session:
+    with opened(plan, place, began, progress) as session:
         if (resumed := session.resumed) and (verdict := kept_verdict(resumed, plan)):
             return _result(resumed, plan, verdict, was_complete=True)
         study, pool, budget = session.begin(workers or Workers(), say)
         base = base_scores(study, plan, pool, lambda: session.show("base"))
         heats = Heats(study, plan, base)
         search(study, plan, pool, heats, budget, session.show)
-        if are_needed(plan):
+        if plan.needs_finals:
             finals(study, plan, pool, heats, budget, lambda: session.show("final"))
             keep_current(study, plan, has_new_scores=True)
         verdict = judge(study, plan, pool, lambda: session.show("baseline"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from evolve.genome import GenomeSpace
 from evolve.known import known_recipes, own_recipes
 from evolve.memory import merged_bytes
 from evolve.objectives import Objectives, constraint_faults
-from evolve.racing import Race
+from evolve.racing import FINALISTS, Race
 from evolve.samplers.auto import resolve_sampler, sampler_faults
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace, Value
@@ -35,6 +36,10 @@ from merge_core.plan import (
 )
 from merge_core.recipe import Recipe
 from merge_core.reference import result_in
+
+# Finalists, where candidates are not raced: a twentieth of them, and no fewer than three.
+_SHARE_OF_FINALISTS = 0.05
+FEWEST_FINALISTS = 3
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,22 @@ class Plan:
     def objectives(self) -> Objectives:
         """What the sampler sees of a candidate."""
         return Objectives(self.tasks, self.search_file.search)
+
+    @property
+    def needs_finals(self) -> bool:
+        """Whether the sampler sees something else than merges' metrics over all search documents."""
+        settings = self.search_file.search
+        return settings.signal != "metric" or settings.racing == "always" or settings.n_adapters > 0
+
+    @property
+    def n_finalists(self) -> int:
+        """How many candidates the finals score; of a front every member, if those are more."""
+        if not self.needs_finals:
+            return 0
+        if race := self.race():
+            return race.n_of(FINALISTS)
+        share = math.ceil(_SHARE_OF_FINALISTS * self.search_file.search.n_iterations)
+        return max(FEWEST_FINALISTS, share)
 
     def race(self) -> Race | None:
         """Return a new race, where candidates are raced."""

@@ -20,7 +20,6 @@ from evolve.baselines import baseline_jobs
 from evolve.budget import Budget, budget_faults, most_candidates
 from evolve.candidates import commonest_failure
 from evolve.errors import SearchFileError, SearchStoppedError
-from evolve.finals import are_needed, n_finalists
 from evolve.forecast import Amounts, Pace, Scoring
 from evolve.heats import Heats
 from evolve.intervals import is_binary
@@ -171,7 +170,7 @@ class _Rehearsal:
     ) -> tuple[Scoring, Scoring, Outcomes, float]:
         """Return scoring by signal and by metric; a candidate's outcomes by metric, bytes a document."""
         study, plan = self._study, self._plan
-        if not are_needed(plan):
+        if not plan.needs_finals:
             scoring = Scoring.through([(documents, score_s)])
             path = study.outcomes.path(f"trial-{trial.number}")
             outcomes = load_outcomes(path)["search"]
@@ -240,7 +239,7 @@ def amounts(plan: Plan, n_workers: int) -> Amounts:
         n_workers=n_workers,
         timeout_s=settings.timeout_s,
         rounds=_rounds(plan),
-        n_finalists=n_finalists(plan) if are_needed(plan) else 0,
+        n_finalists=plan.n_finalists,
         search=tasks.n_documents,
         holdout=sum(map(len, holdout.values())) if has_holdout else 0,
         reported=plan.report_only.n_documents if plan.report_only else 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,41 @@ from evolve.workers.start import Workers, start_pool
 Progress = Callable[[str, Study | None, Plan], None]
 
 
-def folder_of(search_file: SearchFile, folder: Path | str | None) -> Path:
-    """Return the storage path: `folder`, or else NAME-search in the working directory."""
-    return Path(folder or f"{search_file.name}-search")
+@dataclass(frozen=True)
+class Place:
+    """Where a search is kept.
+
+    Attributes:
+        folder: the storage path.
+        storage: URL of another storage than folder/study.db.
+        artifacts: a folder that all hosts of the search see, where outcomes are kept too.
+    """
+
+    folder: Path
+    storage: str | None = None
+    artifacts: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        search_file: SearchFile,
+        folder: Path | str | None,
+        storage: str | None,
+        artifacts: Path | None,
+    ) -> Place:
+        """Return the place of a search: `folder`, or else NAME-search in the working directory.
+
+        Raises:
+            SearchFileError: `artifacts` is no folder.
+        """
+        if artifacts is not None and not artifacts.is_dir():
+            raise SearchFileError(
+                f"--artifacts is {artifacts}, which is no folder; make it or name another"
+            )
+        return cls(Path(folder or f"{search_file.name}-search"), storage, artifacts)
 
 
-def settled_plan(search_file: SearchFile, folder: Path, storage: str | None, **options: Any) -> Plan:
+def settled_plan(search_file: SearchFile, place: Place, **options: Any) -> Plan:
     """Return the plan of a search; what `auto` means stays what it meant when the search began.
 
     Args:
@@ -37,7 +66,7 @@ def settled_plan(search_file: SearchFile, folder: Path, storage: str | None, **o
     Raises:
         SearchFileError, StorageError: the input is at fault, or an earlier record cannot be read.
     """
-    if (earlier := Study.earlier_file(folder, storage)) is not None:
+    if (earlier := Study.earlier_file(place.folder, place.storage)) is not None:
         search_file = search_file.settled(earlier)
     plan = make_plan(search_file, **options)
     if faults := budget_faults(plan):
@@ -45,20 +74,14 @@ def settled_plan(search_file: SearchFile, folder: Path, storage: str | None, **o
     return plan
 
 
-def check(plan: Plan, folder: Path, storage: str | None, artifacts: Path | None) -> None:
+def check(plan: Plan, place: Place) -> None:
     """Check what `opened` would refuse, and leave nothing behind.
 
     Raises:
-        SearchFileError, ResumeRefusedError, StorageError: as there.
+        ResumeRefusedError, StorageError: as there.
     """
-    check_artifacts(artifacts)
-    Study.check(folder, storage, plan.identity())
-
-
-def check_artifacts(artifacts: Path | None) -> None:
-    """Raise SearchFileError where `--artifacts` names no folder."""
-    if artifacts is not None and not artifacts.is_dir():
-        raise SearchFileError(f"--artifacts is {artifacts}, which is no folder; make it or name another")
+    if (begun := Study.check(place.folder, place.storage, plan.identity())) is not None:
+        check_points(place.folder, begun.trials(), plan.space)
 
 
 class Session:
@@ -69,29 +92,22 @@ class Session:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        folder: Path,
-        storage: str | None,
-        artifacts: Path | None,
-        began: float,
-        progress: Progress,
-        held: ExitStack,
+        self, plan: Plan, place: Place, began: float, progress: Progress, held: ExitStack
     ) -> None:
-        self._plan, self._folder, self._storage, self._artifacts = plan, folder, storage, artifacts
-        self._began, self._progress, self._held = began, progress, held
+        self._plan, self._place, self._began = plan, place, began
+        self._progress, self._held = progress, held
         self._study: Study | None = None
         self._budget: Budget | None = None
-        self.resumed = self._opened_study() if Study.is_in(folder) else None
+        self.resumed = self._opened_study() if Study.is_in(place.folder) else None
         if self.resumed is not None:
-            check_points(folder, self.resumed.trials(), plan.space)
+            check_points(place.folder, self.resumed.trials(), plan.space)
 
     def _opened_study(self) -> Study:
-        plan = self._plan
+        plan, place = self._plan, self._place
         identity, n_values = plan.identity(), len(plan.objectives.names)
         return self._held.enter_context(
             Study.create_or_resume(
-                self._folder, self._storage, plan.search_file, identity, n_values, self._artifacts
+                place.folder, place.storage, plan.search_file, identity, n_values, place.artifacts
             )
         )
 
@@ -129,24 +145,16 @@ class Session:
 
 
 @contextmanager
-def opened(
-    plan: Plan,
-    folder: Path,
-    storage: str | None,
-    artifacts: Path | None,
-    began: float,
-    progress: Progress,
-) -> Iterator[Session]:
-    """Open a search, resumed where `folder` holds it; close its workers and its record at the end.
+def opened(plan: Plan, place: Place, began: float, progress: Progress) -> Iterator[Session]:
+    """Open a search, resumed where its place holds it; close its workers and its record at the end.
 
     Args:
-        artifacts: a folder that all hosts of the search see.
         began: when this run did, by time.monotonic.
 
     Raises:
-        ResumeRefusedError: the folder holds another search, or another run is at work.
+        ResumeRefusedError: the place holds another search, or another run is at work.
         StorageError: the storage cannot be reached.
     """
     with ExitStack() as held:
-        held.enter_context(disk_faults_told(folder))
-        yield Session(plan, folder, storage, artifacts, began, progress, held)
+        held.enter_context(disk_faults_told(place.folder))
+        yield Session(plan, place, began, progress, held)

@@ -22,7 +22,15 @@ from evolve.cli.pause import pause_on_signals, pause_text, was_asked_to_pause
 from evolve.cli.report import report
 from evolve.cli.run import run
 from evolve.cli.status import status
-from evolve.cli.stderr import DEBUG, EXIT_INPUT, EXIT_OTHER, EXIT_PAUSED, end, unforeseen
+from evolve.cli.stderr import (
+    DEBUG,
+    EXIT_INPUT,
+    EXIT_OTHER,
+    EXIT_PAUSED,
+    end,
+    open_closed_streams,
+    unforeseen,
+)
 from evolve.errors import (
     PausedError,
     PushError,
@@ -57,6 +65,7 @@ app.command("eval")(evaluate)
 
 def main() -> None:
     """Run a command; errors become `error: ...` lines and an exit status."""
+    open_closed_streams()
     pause_on_signals()
     try:
         result = app(standalone_mode=False)

@@ -26,6 +26,7 @@ from evolve.merge_progress import say
 
 if TYPE_CHECKING:
     from evolve.search_file import SearchFile
+    from evolve.session import Place
     from evolve.workers.start import Workers
 
 
@@ -78,10 +79,11 @@ def run(
     mergekit-evolve's files and flags work, too.
     """
     from evolve.search_file import SearchFile
-    from evolve.session import folder_of
+    from evolve.session import Place
 
     search_file = SearchFile.load(search)
-    _refuse_own_file(search, folder_of(search_file, storage_path))
+    place = Place.of(search_file, storage_path, storage, artifacts)
+    _refuse_own_file(search, place.folder)
     paths = [*(task_path or ()), *search_file.scoring.task_paths]
     search_file = search_file.changed(
         tasks=task or (),
@@ -111,8 +113,7 @@ def run(
             "trust_remote_code": trust_remote_code,
             "allow_unsafe_code": allow_unsafe_code,
         }
-        at = (folder_of(search_file, storage_path), storage, artifacts)
-        _check(search_file, at, placed, gpu_hour_price, as_json, **options)
+        _check(search_file, place, placed, gpu_hour_price, as_json, **options)
         return
     from evolve.progress import ProgressLine
     from evolve.report import print_result, result_json
@@ -198,17 +199,13 @@ def _save_final_model(folder: Path) -> None:
 
 def _check(
     search_file: SearchFile,
-    at: tuple[Path, str | None, Path | None],
+    place: Place,
     workers: Workers,
     price: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Try a few candidates and print what the search will take.
-
-    Args:
-        at: folder, storage and artifacts of the search.
-    """
+    """Try a few candidates and print what the search will take."""
     from evolve import session
     from evolve.check import check_json, print_check
     from evolve.progress import ProgressLine
@@ -219,9 +216,8 @@ def _check(
     progress = ProgressLine()
     under_way = unless_paused(progress.under_way)
     try:
-        folder, storage, artifacts = at
-        plan = session.settled_plan(search_file, folder, storage, under_way=under_way, **options)
-        session.check(plan, folder, storage, artifacts)
+        plan = session.settled_plan(search_file, place, under_way=under_way, **options)
+        session.check(plan, place)
         under_way(f"starting the {plan.setup.backend} engine")
         pool = start_pool(plan, workers, progress.say)
         try:

@@ -45,6 +45,20 @@ def unforeseen(error: Exception) -> str:
     )
 
 
+def open_closed_streams() -> None:
+    """Open the null device in the place of each standard stream that the shell closed (`>&-`).
+
+    The next file to be opened would take its number otherwise, and get what is printed.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' notices off stderr, which belongs to progress and errors."""
     os.environ.setdefault("TQDM_DISABLE", "1")

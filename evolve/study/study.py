@@ -147,20 +147,25 @@ class Study(Record):
         return found
 
     @classmethod
-    def check(cls, folder: Path, url: str | None, identity: Mapping[str, Any]) -> None:
+    def check(cls, folder: Path, url: str | None, identity: Mapping[str, Any]) -> Study | None:
         """Check that a search may begin in `folder` or go on there, and leave nothing behind.
+
+        Returns:
+            The search that would go on; None where it would begin.
 
         Raises:
             SearchFileError, ResumeRefusedError, StorageError: as `create_or_resume`.
         """
         if cls.is_in(folder):
-            cls.open(folder, url)._refuse_other(identity)
-            return
+            study = cls.open(folder, url)
+            study._refuse_other(identity)
+            return study
         place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         try:
             TemporaryDirectory(dir=place).cleanup()
         except OSError as error:
             raise _unusable(folder, error) from None
+        return None
 
     def _share(self, folder: Path) -> None:
         """Keep outcomes in a folder that other hosts see, from the first one on.

@@ -133,6 +133,19 @@ def test_a_page_of_another_site_is_refused(study: Study, client: Client) -> None
     assert client.ask("/api/studies", host="LocalHost:9999")[0] == 200
 
 
+def test_a_record_that_is_gone_is_told_and_found_again(
+    study: Study, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evolve.dashboard._READ_AGAIN_AFTER_S", -1.0)
+    assert client.ask("/api/studies")[0] == 200
+    elsewhere = study.folder.rename(study.folder.with_name("elsewhere"))
+    status, answer = client.ask("/api/studies")
+    assert status == 503
+    assert f"DIR is {study.folder}, which holds no search" in answer["reason"]
+    elsewhere.rename(study.folder)
+    assert client.ask("/api/studies")[0] == 200
+
+
 def test_the_storage_reads_for_optuna_and_writes_nothing(study: Study) -> None:
     """Every method that a storage has to have and that is none of the reading ones is refused."""
     storage = RecordedStorage(study.folder)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from evolve.report import result_json
 from merge_core.plan import Sources, model_alone
 
 from .failing import save_vllm_models, search, without, write_tasks
+from .recorded import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "configs/quickstart/models"
@@ -93,6 +95,22 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=300,
     )
+
+
+@pytest.mark.parametrize(("closed", "status"), [(">&-", 0), ("<&- >&- 2>&-", 0), (">&-", 2)])
+def test_streams_that_the_shell_closed_take_nothing_with_them(
+    tmp_path: Path, closed: str, status: int
+) -> None:
+    """The record's files do not get the numbers that printing goes to."""
+    study = recorded(tmp_path / "s", "a_task", "it broke")
+    before = (study.folder / "study.db").read_bytes()
+    folder = study.folder if status == 0 else tmp_path
+    line = f"{shlex.quote(sys.executable)} -m evolve.cli status {shlex.quote(str(folder))} {closed}"
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert "which holds no search" in done.stderr if status else not done.stderr
+    assert not done.stdout
+    assert (study.folder / "study.db").read_bytes() == before
 
 
 def test_a_tokenizer_without_pad_token_scores_as_with_one(tasks: Path, tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from evolve.errors import ResumeRefusedError
+from evolve.errors import ResumeRefusedError, StorageError
 from evolve.loop import run
 from evolve.search_file import SearchFile
-from evolve.session import check, settled_plan
+from evolve.session import Place, check, settled_plan
 from evolve.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,11 +115,27 @@ def test_what_changes_the_scores_is_refused_by_name(change: str) -> None:
     with pytest.raises(ResumeRefusedError) as refused:
         run(searched(3), folder="s")
     assert said in str(refused.value)
-    plan = settled_plan(searched(3), Path("s"), None)
+    plan = settled_plan(searched(3), Place(Path("s")))
     with pytest.raises(ResumeRefusedError) as told_before:
-        check(plan, Path("s"), None, None)
+        check(plan, Place(Path("s")))
     assert told_before.value.faults == refused.value.faults
     assert Path("s/study.db").read_bytes() == before
+
+
+def test_a_point_outside_the_space_is_told_before_it_begins() -> None:
+    """A record changed by hand; --check says what the run itself would say."""
+    run(searched(), folder="s")
+    with closing(sqlite3.connect("s/study.db")) as database, database:
+        changed = database.execute(
+            "update trial_params set distribution_json = replace(distribution_json, '1.5', '1.25')"
+        )
+        assert changed.rowcount
+    with pytest.raises(StorageError, match="trial 0 is damaged") as refused:
+        run(searched(3), folder="s")
+    place = Place(Path("s"))
+    with pytest.raises(StorageError) as told_before:
+        check(settled_plan(searched(3), place), place)
+    assert told_before.value.faults == refused.value.faults
 
 
 def test_what_a_config_spells_otherwise_is_the_same_search() -> None:
