@@ -65,12 +65,13 @@ def budget_faults(plan: Plan) -> list[str]:
 
 
 def most_candidates(plan: Plan) -> int:
-    """Return how many candidates a search has at most, by `n_iterations` and `max_documents`."""
+    """Return how many candidates a search has at most, by its limits and by what the space holds."""
     settings = plan.search_file.search
+    most = min(settings.n_iterations, plan.space.n_points or settings.n_iterations)
     if settings.max_documents is None:
-        return settings.n_iterations
+        return most
     for_candidates = settings.max_documents - documents_of_finals(plan)
-    return min(settings.n_iterations, for_candidates // documents_a_candidate(plan))
+    return min(most, for_candidates // documents_a_candidate(plan))
 
 
 class Budget:

@@ -9,6 +9,7 @@ from threading import Timer
 
 from rich.console import Console
 
+from evolve.budget import most_candidates
 from evolve.memory import Memory
 from evolve.plan import Plan
 from evolve.redaction import printable
@@ -93,13 +94,13 @@ class ProgressLine:
         self._say(text)
 
     def _told(self, study: Study, plan: Plan) -> None:
-        n, n_done = plan.search_file.search.n_iterations, study.n_finished
+        n, n_done = most_candidates(plan), study.n_finished
         last = study.latest.user_attrs.get("seconds", {}) if study.latest else {}
         each = (time.monotonic() - self._began) / max(1, n_done - self._n_before)
         self._show(
             f"{n_done}/{n} candidates, {_found(study, plan)}; last: "
             f"merge {last.get('merge', 0):.2f} s, load {last.get('load', 0):.2f} s, "
-            f"score {last.get('score', 0):.2f} s; {each * (n - n_done):.0f} s left",
+            f"score {last.get('score', 0):.2f} s; {each * max(0, n - n_done):.0f} s left",
             is_due=n_done == n or time.monotonic() - self._last_line > LINE_EVERY_S,
         )
 

@@ -223,8 +223,8 @@ class _Rehearsal:
         self._under_way(f"asking the {settings.sampler} sampler, as late as it will be asked")
         n_objectives = len(plan.objectives.names)
         sampler = sampler_of(settings, plan.space, n_objectives)
-        n, n_polish = settings.n_iterations, settings.n_polish
-        return proposing_seconds(sampler, plan.space, n, n_objectives, n_polish)
+        n = most_candidates(plan)
+        return proposing_seconds(sampler, plan.space, n, n_objectives, settings.n_polish)
 
 
 def amounts(plan: Plan, n_workers: int) -> Amounts:
@@ -233,9 +233,10 @@ def amounts(plan: Plan, n_workers: int) -> Amounts:
     has_holdout = bool(plan.search_file.scoring.holdout)
     holdout = {leaf.name: leaf.documents["holdout"] for task in tasks.tasks for leaf in task.leaves}
     jobs = baseline_jobs(plan.start, plan.setup.prompting, plan.references())
-    n_shortlisted = 1 if settings.objective == "pareto" else min(SHORTLIST, settings.n_iterations)
+    n_candidates = most_candidates(plan)
+    n_shortlisted = 1 if settings.objective == "pareto" else min(SHORTLIST, n_candidates)
     return Amounts(
-        n_candidates=most_candidates(plan),
+        n_candidates=n_candidates,
         n_workers=n_workers,
         timeout_s=settings.timeout_s,
         rounds=_rounds(plan),

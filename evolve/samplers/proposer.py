@@ -122,6 +122,8 @@ class Proposer:
             if v.name not in values
             else round(v.to_unit(values[v.name]), 9)
             if v.step is not None
-            else repr(values[v.name])
+            else values[v.name]
+            if v.choices is None
+            else repr(values[v.name])  # true is not 1 there
             for v in self._space.variables
         )

@@ -52,7 +52,7 @@ def variable_of(
         if abs(stepped - start) > 1e-8:
             return None, [f"{name}.start is {start}, between two steps; the nearest is {stepped:g}"]
         start = stepped
-    return replace(variable, start=start), []
+    return replace(variable, start=start if variable.is_integer else float(start)), []
 
 
 def _faults(node: Mapping[str, Any], name: str) -> list[str]:

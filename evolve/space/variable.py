@@ -141,7 +141,7 @@ class Variable:
         slack = 1e-9 * max(abs(self.low), abs(self.high))
         if not self.low - slack <= setting <= self.high + slack:
             return None, f"{self.name} is {setting:g}; the space has [{self.low:g}, {self.high:g}]"
-        value: Value = min(self.high, max(self.low, setting))
+        value: Value = float(min(self.high, max(self.low, setting)))
         if self.step is not None:
             value = self.from_unit(self.to_unit(value))
             assert isinstance(value, int | float)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from evolve.cli import app
@@ -145,6 +146,15 @@ def test_the_amounts_of_a_raced_search() -> None:
     assert (found.n_finalists, found.search, found.holdout) == (3, 300, 600)
     assert found.baselines == (1,) * 6
     assert (found.n_shortlisted, found.n_repetitions) == (3, 2)
+
+
+def test_a_space_that_ends_before_the_search_bounds_it() -> None:
+    data = yaml.safe_load(QUICKSTART.read_text())
+    for model in data["models"]:
+        model["parameters"]["weight"] = {"choices": [0.5, 1.0]}
+    data["search"] |= {"n_iterations": 500, "sampler": "random"}
+    found = amounts(make_plan(SearchFile(data, "finite")), 1)
+    assert (found.n_candidates, found.n_shortlisted) == (8, 3)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -5,17 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from evolve.errors import SearchFileError
 from evolve.known import known_recipes, own_recipes
+from evolve.loop import run
 from evolve.samplers import make_sampler
 from evolve.samplers.proposer import Proposer
+from evolve.search_file import SearchFile
 from evolve.space import Space, Value
 from merge_core.merge import merged_tensors
 from merge_core.plan import model_alone
 from merge_core.recipe import Recipe
 
 from ..benchmarks.unstored import Values, numbers, search, weights
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MODELS = Path(__file__).resolve().parents[2] / "configs/quickstart/models"
 BASE, ONE, TWO, THREE = (str(MODELS / name) for name in ("base", "reverse", "sort", "largest"))
@@ -215,6 +220,48 @@ def test_known_recipes_enter_first_and_equal_ones_once() -> None:
     names = [trial.user_attrs.get("known") for trial in trials]
     # Starts, average and centres are one and the same here.
     assert names == ["starts", "own.yml", "m1 alone", *[None] * 9]
+
+
+def test_whole_numbers_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written 1 and read back as 1.0, by the file's own start and by a recipe of the user's."""
+    monkeypatch.chdir(ROOT)
+    models: list[dict[str, Any]] = [
+        {
+            "model": f"configs/quickstart/models/{name}",
+            "parameters": {"weight": {"low": 0, "high": 2, "start": start}},
+        }
+        for name, start in (("reverse", 1), ("sort", 2))
+    ]
+    recipe: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": "configs/quickstart/models/base",
+        "models": models,
+        "dtype": "float32",
+    }
+    own = [{**model, "parameters": {"weight": 0}} for model in models]
+    own_file = tmp_path / "own.yml"
+    own_file.write_text(yaml.safe_dump({**recipe, "models": own}))
+    file = SearchFile(
+        {
+            **recipe,
+            "tasks": ["qs_sort"],
+            "search": {
+                "n_iterations": 7,
+                "sampler": "random",
+                "seed_recipes": [str(own_file)],
+            },
+            "scoring": {"task_paths": ["tasks"], "limit": 4, "holdout": 0},
+        },
+        "whole",
+    )
+    trials = run(file, folder=tmp_path / "s").study.trials()
+    names = [trial.user_attrs.get("known") for trial in trials]
+    assert names[:2] == ["starts", str(own_file)]
+    assert [tuple(trial.params.values()) for trial in trials[:2]] == [(1, 2), (0, 0)]
+    assert len({tuple(trial.params.values()) for trial in trials}) == len(trials) == 7
+    space = file.space(lambda model: 2)
+    assert {type(value) for value in space.starts().values()} == {float}
+    assert {type(value) for value in space.values(Recipe.load(own_file)).values()} == {float}
 
 
 def test_cma_begins_at_the_best_known_recipe() -> None:
