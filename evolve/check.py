@@ -58,6 +58,7 @@ def check_json(
         "signal": settings.followed,
         "follows": [task.key for task in plan.followed.tasks],
         "racing": settings.racing,
+        "rounds": settings.rounds,
         "polish": settings.n_polish,
         "engine": plan.setup.backend,
         "device": plan.setup.engine.device,
@@ -176,11 +177,13 @@ def _shows(gains: dict[str, float | None] | None) -> str:
 def _plan_line(data: dict[str, Any]) -> str:
     generation = f" in generations of {data['generation']}" if data["generation"] else ""
     raced = ", raced over blocks of documents" if data["racing"] == "always" else ""
-    polish = f", the last {data['polish']} drawn around the best" if data["polish"] else ""
+    rounds = f", {data['rounds']} rounds" if data["rounds"] > 1 else ""
+    n_polish = min(data["polish"], data["n_iterations"])
+    polish = f", the last {n_polish} drawn around the best" if n_polish else ""
     workers = f", {data['workers']} workers" if data["workers"] > 1 else ""
     return (
         f"sampler {data['sampler']} ({data['why_sampler']}), {data['n_iterations']} candidates"
-        f"{generation}{raced}{polish}, engine {data['engine']} on {data['device']}{workers}"
+        f"{generation}{rounds}{raced}{polish}, engine {data['engine']} on {data['device']}{workers}"
     )
 
 

@@ -7,7 +7,7 @@ nothing and the look-up goes on downwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from merge_core.errors import RecipeError
@@ -35,14 +35,20 @@ def value_at(setting: Any, tensor_name: str, t: float, steps: bool = False) -> f
         setting = [setting]
     if isinstance(setting, list):
         if any(isinstance(item, Mapping) for item in setting):
-            for item in setting:
-                pattern = item.get("filter")
-                if pattern is None or pattern == "*" or pattern in tensor_name:
-                    return value_at(item["value"], tensor_name, t, steps)
-            return None
+            place = first_match(setting, tensor_name)
+            return None if place is None else value_at(setting[place]["value"], tensor_name, t, steps)
         return _gradient(setting, t, steps)
     scalar: float | bool | None = setting
     return scalar
+
+
+def first_match(entries: Sequence[Mapping[str, Any]], tensor_name: str) -> int | None:
+    """Return which of a setting's entries a tensor takes: the first whose filter matches, or None."""
+    for i, entry in enumerate(entries):
+        pattern = entry.get("filter")
+        if pattern is None or pattern == "*" or pattern in tensor_name:
+            return i
+    return None
 
 
 def is_total(setting: Any) -> bool:

@@ -18,7 +18,7 @@ from merge_core.errors import CheckpointError, RecipeError
 from merge_core.leniency import Leniency, Tensors
 from merge_core.methods import METHODS, Parameter
 from merge_core.moe.recipe import MoeRecipe
-from merge_core.parameters import is_total, value_at
+from merge_core.parameters import first_match, is_total, value_at
 from merge_core.parts import Levels, Part
 from merge_core.recipe import Recipe
 from merge_core.reference import result_in
@@ -263,7 +263,7 @@ def plan_merge(
 
 
 def unmatched_filters(recipe: Recipe, plan: MergePlan) -> list[str]:
-    """Say which filters match no tensor of a recipe's own merge, one line each."""
+    """Say which filters reach no tensor of a recipe's own merge, one line each."""
     if isinstance(recipe, MoeRecipe):
         return []
     names = {
@@ -274,19 +274,25 @@ def unmatched_filters(recipe: Recipe, plan: MergePlan) -> list[str]:
         for part in recipe.parts()
         for level in (*part.levels, *(level for source in part.sources for level in source.levels))
     ]
-    filters = {
-        (entry["filter"], parameter): None
-        for level in levels
-        for parameter, setting in level.items()
-        for entry in (setting if isinstance(setting, list) else [setting])
-        if isinstance(entry, Mapping) and entry.get("filter") not in (None, "*")
-    }
-    return [
-        f"filter {pattern!r} of {parameter} matches no tensor, so its value does nothing; correct it, or "
-        f"take it out"
-        for pattern, parameter in filters
-        if not any(pattern in name for name in names)
-    ]
+    found: dict[str, None] = {}
+    for level in levels:
+        for parameter, setting in level.items():
+            entries = setting if isinstance(setting, list) else [setting]
+            if not all(isinstance(entry, Mapping) for entry in entries):
+                continue
+            reached = {first_match(entries, name) for name in names}
+            for i, entry in enumerate(entries):
+                pattern = entry.get("filter")
+                if i in reached or pattern in (None, "*"):
+                    continue
+                why = (
+                    "is never reached, an entry before it takes every tensor that it matches, so its "
+                    "value does nothing; put it first"
+                    if any(pattern in name for name in names)
+                    else "matches no tensor, so its value does nothing; correct it"
+                )
+                found[f"filter {pattern!r} of {parameter} {why}, or take it out"] = None
+    return list(found)
 
 
 def _wiring(

@@ -44,12 +44,17 @@ def foldings(skeletons: Iterable[Mapping[str, Any]], n_layers: int | None) -> li
             start, end = part.sources[0].layer_range or (0, n_layers)
             others.update(dict.fromkeys(_moot(part, method)))
             others.update(dict.fromkeys(_too_many_points(part, None if end is None else end - start)))
+    kinds = {kind for _, kind in scales}
     notes = [
         f"{', '.join(methods)}: {why}, so candidates that differ in that scale alone are the same "
-        f"model; fix {fix}"
-        for (why, _), (methods, fix) in scales.items()
+        f"model{_whose(kind) if len(kinds) > 1 else ''}; fix {fix}"
+        for (why, kind), (methods, fix) in scales.items()
     ]
     return notes + list(others)
+
+
+def _whose(kind: str) -> str:
+    return " on tensors without a filter of their own" if kind == "*" else f" on tensors of {kind!r}"
 
 
 def _setting(name: str, levels: Sequence[Mapping[str, Any]], default: Any = None) -> Any:
@@ -62,27 +67,32 @@ def _cancelled_scales(part: Part, method: Method) -> Iterator[tuple[str, str, st
         return
     weights = [_setting("weight", (*source.levels, *part.levels)) for source in part.inputs]
     kinds = list(dict.fromkeys(kind for weight in weights for kind in _filters(weight)))
-    if _divides_by_sum(part, method):
+    if (where := _divides_by_sum(part, method)) is not None:
         for kind in kinds:
             for first in _all_free(weights, kind):
                 fix = f"one of them, such as {first.name.removesuffix('[0]')}"
-                yield "the weights are divided by their sum, which takes their scale out", kind, fix
+                yield (
+                    f"the weights are divided by their sum{where}, which takes their scale out",
+                    kind,
+                    fix,
+                )
     elif "lambda" in method.shared and _is_free(_setting("lambda", part.levels), "*"):
         for first in _all_free(weights, "*"):
             why = "lambda and the weights have one scale between them"
             yield why, "*", f"lambda, or {first.name.removesuffix('[0]')}"
 
 
-def _divides_by_sum(part: Part, method: Method) -> bool:
-    """Tell whether some candidate's weights are divided by their sum."""
+def _divides_by_sum(part: Part, method: Method) -> str | None:
+    """Say where weights are divided by their sum, "" for every candidate; None where they never are."""
     if method.name == "nuslerp":
-        return True
+        return ""
     for name in _NORMALIZERS:
         if name in method.shared:
             setting = _setting(name, part.levels, method.shared[name].default)
-            choices = setting.variables[0].choices if isinstance(setting, Slot) else (setting,)
-            return True in (choices or ())
-    return False
+            if isinstance(setting, Slot):
+                return f" where {name} is true" if True in (setting.variables[0].choices or ()) else None
+            return "" if setting == 1 else None  # true, however it is written
+    return None
 
 
 def _all_free(weights: Sequence[Any], kind: str) -> Iterator[Variable]:

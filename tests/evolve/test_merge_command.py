@@ -218,7 +218,10 @@ def test_a_merge_that_is_stopped_claims_no_record(
 
 
 def test_a_filter_that_matches_nothing_is_a_warning(evolve: Command, tmp_path: Path, llamas: Any) -> None:
-    setting = "[{filter: mpl, value: 0.4}, {filter: mlp, value: 0.2}, {value: 0.5}]"
+    """Or one that comes too late: the first entry that matches a tensor has it."""
+    setting = (
+        "[{filter: mpl, value: 0.4}, {filter: mlp, value: 0.2}, {filter: up_, value: 1}, {value: 0.5}]"
+    )
     recipe = tmp_path / "r.yml"
     recipe.write_text(
         f"merge_method: linear\nmodels:\n  - {{model: {llamas.x}, parameters: {{weight: {setting}}}}}\n"
@@ -226,6 +229,7 @@ def test_a_filter_that_matches_nothing_is_a_warning(evolve: Command, tmp_path: P
     status, _, err = evolve("merge", recipe, tmp_path / "out")
     assert status == 0
     assert "warning: filter 'mpl' of weight matches no tensor" in err
+    assert "warning: filter 'up_' of weight is never reached" in err
     assert "filter 'mlp'" not in err
 
 

@@ -319,6 +319,20 @@ def test_weights_whose_scale_cancels_are_noted(changes: dict[str, Any], fix: str
     assert f"fix {fix}" in note
 
 
+def test_where_a_scale_cancels_is_said() -> None:
+    """With some values of a category only, and for each filter by itself."""
+    parameters = {"normalize": {"choices": [False, True]}}
+    template = two_models(merge_method="ties", parameters=parameters)
+    (note,) = Space(template).notes
+    assert "divided by their sum where normalize is true, which" in note
+    first, second = template["models"]
+    by_filter = [{"filter": "mlp", "value": dict(WEIGHT)}, {"value": dict(WEIGHT)}]
+    models = [{**first, "parameters": {"weight": by_filter}}, second]
+    mlp, others = Space({**template, "models": models}).notes
+    assert "same model on tensors of 'mlp'; fix one of them, such as models[0].weight[mlp]" in mlp
+    assert "same model on tensors without a filter of their own; fix one of them" in others
+
+
 def test_a_fixed_weight_holds_the_scale_and_a_fixed_zero_does_not() -> None:
     template = two_models(merge_method="ties")
     fixed = {"model": "two", "parameters": {"weight": 1.0}}
