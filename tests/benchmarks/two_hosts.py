@@ -6,7 +6,8 @@ Hosts are network namespaces on a bridge, each with an address, shared memory an
 temporary files of its own; what they share is what several hosts must have alike: the installation,
 and the models at the same paths. Host 1 is the head of a Ray cluster and runs `evolve run`, host 2
 joins the cluster with one worker, host 3 is the PostgreSQL server. When a third of the candidates
-are told, host 2 loses its link (or all its processes), and nobody tells host 1.
+are told and one is under way on host 2, that loses its link (or all its processes), and nobody tells
+host 1.
 
 Everything happens in namespaces of the script's own: whatever happens to it, nothing stays behind.
 """
@@ -24,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -137,14 +139,26 @@ class Host:
         if by == "link":
             _run("ip", "link", "set", self.name, "down")
             return
+        for process in self._processes():
+            with suppress(OSError):  # it ended by itself
+                os.kill(process, signal.SIGKILL)
+
+    def is_at_work(self) -> bool:
+        """Tell whether a worker evaluates a candidate here; Ray names processes by what they run."""
+        for process in self._processes():
+            with suppress(OSError):
+                if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::_Actor.evaluate"):
+                    return True
+        return False
+
+    def _processes(self) -> Iterator[int]:
+        """Yield the processes of this host, beside the one that holds its namespaces."""
         own = self._namespace("net")
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal() and int(entry.name) != self._holder.pid:
-                try:
+                with suppress(OSError):
                     if self._namespace("net", int(entry.name)) == own:
-                        os.kill(int(entry.name), signal.SIGKILL)
-                except OSError:
-                    continue  # it ended by itself
+                        yield int(entry.name)
 
 
 def _run(*command: str, **options: Any) -> None:
@@ -238,7 +252,7 @@ class _Lines(threading.Thread):
 
 
 def search(head: Host, other: Host, folder: Path, candidates: int, by: str) -> Found:
-    """Run the search on the head, and cut the other host off when a third is told."""
+    """Run the search on the head, and cut the other host off when a third is told and it is at work."""
     write_search(folder / "search.yml", candidates)
     command = ["run", "search.yml", "--storage-path", "s", "--storage", STORAGE, "--workers", "2"]
     command += ["--ray-address", f"{HEAD}:{RAY_PORT}", "--device", "cpu", "--json"]
@@ -249,6 +263,7 @@ def search(head: Host, other: Host, folder: Path, candidates: int, by: str) -> F
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout
     assert process.stderr
     said = _Lines(process.stderr)
     said.start()
@@ -261,11 +276,12 @@ def search(head: Host, other: Host, folder: Path, candidates: int, by: str) -> F
             raise RuntimeError("\n".join(line for _, line in said.lines))
         return n_told() >= candidates // 3
 
-    _until(is_a_third_told, 300, "third of the candidates")
+    _until(lambda: is_a_third_told() and other.is_at_work(), 300, "third of the candidates")
     told_before = n_told()
     other.cut_off(by)
     cut = time.monotonic()
-    printed, _ = process.communicate()
+    printed = process.stdout.read()  # `communicate` would take lines of stderr from who reads them
+    process.wait()
     seconds = time.monotonic() - began
     said.join()
     after = [(at, line) for at, line in said.lines if at >= cut]
