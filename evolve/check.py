@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from evolve.budget import n_gpus
+from evolve.budget import most_candidates, n_gpus
 from evolve.forecast import foretell
 from evolve.memory import Memory
 from evolve.merge_progress import duration
@@ -55,6 +55,7 @@ def check_json(
         "why_sampler": plan.why_sampler,
         "generation": _generation(plan),
         "n_iterations": settings.n_iterations,
+        "n_candidates": most_candidates(plan),
         "signal": settings.followed,
         "follows": [task.key for task in plan.followed.tasks],
         "racing": settings.racing,
@@ -178,11 +179,12 @@ def _plan_line(data: dict[str, Any]) -> str:
     generation = f" in generations of {data['generation']}" if data["generation"] else ""
     raced = ", raced over blocks of documents" if data["racing"] == "always" else ""
     rounds = f", {data['rounds']} rounds" if data["rounds"] > 1 else ""
-    n_polish = min(data["polish"], data["n_iterations"])
+    n_candidates = data["n_candidates"]
+    n_polish = min(data["polish"], n_candidates)
     polish = f", the last {n_polish} drawn around the best" if n_polish else ""
     workers = f", {data['workers']} workers" if data["workers"] > 1 else ""
     return (
-        f"sampler {data['sampler']} ({data['why_sampler']}), {data['n_iterations']} candidates"
+        f"sampler {data['sampler']} ({data['why_sampler']}), {n_candidates} candidates"
         f"{generation}{rounds}{raced}{polish}, engine {data['engine']} on {data['device']}{workers}"
     )
 

@@ -30,9 +30,10 @@ from .recorded import recorded
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=[1, 2], ids=["one value", "a front"])
-def study(request: pytest.FixtureRequest, tmp_path: Path) -> Study:
-    return recorded(tmp_path / "s", "a_task", "it broke", n_values=request.param)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one value", "a front"])
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    folder = tmp_path_factory.mktemp("dashboard") / "s"
+    return recorded(folder, "a_task", "it broke", n_values=request.param)
 
 
 class Client:
@@ -53,7 +54,7 @@ class Client:
         return answer.status, json.loads(said) if is_json else said.decode()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(study: Study) -> Iterator[Client]:
     with server(study.folder, 0) as serving:
         thread = threading.Thread(target=serving.serve_forever)

@@ -200,7 +200,7 @@ def test_the_json_holds_it_all(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     data: dict[str, Any] = json.loads(done.stdout)
     assert [variable["low"] for variable in data["variables"]] == [0.0] * 3
-    assert (data["racing"], data["polish"]) == ("always", 8)
+    assert (data["racing"], data["polish"], data["n_candidates"]) == ("always", 8, 40)
     assert data["generation"] == 7
     seconds = data["seconds"]
     assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"))
