@@ -47,9 +47,14 @@ def baseline_jobs(
                 **_tokenizer_keys(start),
             }
         )
-        jobs.append(Job("average", "baseline", recipe, (), (prompting,)))
-    jobs.append(Job("starts", "baseline", start, (), (prompting,)))
+        jobs.append(Job(_named("average", references), "baseline", recipe, (), (prompting,)))
+    jobs.append(Job(_named("starts", references), "baseline", start, (), (prompting,)))
     return jobs
+
+
+def _named(name: str, references: Sequence[str]) -> str:
+    """Return a recipe's name, told apart from a model that is called so."""
+    return f"{name} (recipe)" if name in references else name
 
 
 def _tokenizer_keys(recipe: Recipe) -> dict[str, Any]:

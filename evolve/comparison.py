@@ -29,6 +29,7 @@ from evolve.intervals import (
     simultaneous,
 )
 from evolve.noise import Noise
+from evolve.power import documents_needed
 from evolve.tasks import Outcomes, TaskSet
 
 
@@ -85,23 +86,42 @@ class Comparison:
 
     def gains(self) -> dict[int, Interval]:
         """Return each member's gain over the best baseline."""
-        shape = len(self._trials), len(self._names)
-        lows = np.empty(shape)
-        for i in range(shape[1]):
-            of_one = slice(i, None, shape[1])
-            intervals = simultaneous(self._values[of_one], self._samples[:, of_one])
-            lows[:, i] = [interval.low for interval in intervals]
         intervals = simultaneous(self._values, self._samples)
-        highs = np.array([interval.high for interval in intervals]).reshape(shape)
-        values = self._values.reshape(shape)
+        highs = np.array([interval.high for interval in intervals]).reshape(self._lows.shape)
+        values = np.array([interval.value for interval in intervals]).reshape(self._lows.shape)
         return {
-            trial: Interval(*(float(of[i].min()) for of in (values, lows, highs)))
+            trial: Interval(*(float(of[i].min()) for of in (values, self._lows, highs)))
             for i, trial in enumerate(self._trials)
         }
 
-    def error(self, trial: int, baseline: str) -> float:
-        """Return the standard error of a member's distance to one baseline."""
-        return float(self._samples[:, self._place(trial, baseline)].std())
+    @cached_property
+    def _lows(self) -> np.ndarray:
+        """Lower ends of all distances, those to one baseline a family; shape (members, baselines)."""
+        lows = np.empty((len(self._trials), len(self._names)))
+        for i in range(len(self._names)):
+            of_one = slice(i, None, len(self._names))
+            intervals = simultaneous(self._values[of_one], self._samples[:, of_one])
+            lows[:, i] = [interval.low for interval in intervals]
+        return lows
+
+    def documents_needed(self, trial: int, n: int) -> int | None:
+        """Return how many documents would show a member's distances to all baselines.
+
+        Args:
+            n: how many these are.
+
+        Returns:
+            None where all are shown, or one is no gain.
+        """
+        needed = []
+        for name, low in zip(self._names, self._lows[self._trials.index(trial)], strict=True):
+            place = self._place(trial, name)
+            value, error = float(self._values[place]), float(self._samples[:, place].std())
+            if value <= 0:
+                return None
+            if low <= 0 and error:
+                needed.append(documents_needed(n, value, error, (value - float(low)) / error))
+        return max(needed, default=None)
 
     def differences(self, trial: int, baseline: str, noise: Noise | None = None) -> dict[str, Difference]:
         """Return a member's differences to one baseline, by task.

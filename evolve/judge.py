@@ -39,7 +39,8 @@ def judge(study: Study, plan: Plan, pool: Pool, scored: Callable[[], None]) -> V
         elsewhere = Elsewhere(plan.report_only, reported, by_name)
     verdict = conclude(plan.tasks, holdouts, baselines, noise, elsewhere, number)
     if (violations := study.violations(study.trials()[number])) is not None:
-        verdict = constrained(verdict, violations, _violations(plan, holdouts[number], baselines))
+        on_holdout = _violations(plan, holdouts[number], baselines)
+        verdict = constrained(verdict, plan.tasks, violations, on_holdout)
     unscored = [job.name for job in _baseline_jobs(plan) if job.name not in baselines]
     unscored += [f"trial {n}" for n in finalists if n not in members]
     own = plan.tasks.notices()  # which the verdict has said

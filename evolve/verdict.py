@@ -30,7 +30,6 @@ from typing import Any
 from evolve.comparison import Comparison, Difference
 from evolve.intervals import Interval, score_interval
 from evolve.noise import Noise
-from evolve.power import documents_needed
 from evolve.tasks import Outcomes, Split, TaskSet, n_documents
 
 # Candidates that the holdout is asked about.
@@ -207,10 +206,8 @@ def conclude(
         shortlist=[Member(n, objective, gains[n]) for n, objective in objectives.items()],
         differences=compared.differences(trial, over, noise),
     )
-    n, error = n_documents(members[trial]), compared.error(trial, over)
-    if gain.low <= 0 < gain.value and error:
-        needed = documents_needed(n, gain.value, error, (gain.value - gain.low) / error)
-        found = replace(found, documents_needed=needed)
+    n = n_documents(members[trial])
+    found = replace(found, documents_needed=compared.documents_needed(trial, n))
     return replace(found, text=sentence(_head(tasks, found, gain, n), tasks, found))
 
 
@@ -241,7 +238,9 @@ def _floor(noise: Noise | None) -> float:
     return noise.floor if noise else 0.0
 
 
-def constrained(verdict: Verdict, search: Mapping[str, float], holdout: Mapping[str, float]) -> Verdict:
+def constrained(
+    verdict: Verdict, tasks: TaskSet, search: Mapping[str, float], holdout: Mapping[str, float]
+) -> Verdict:
     """Add what the winner keeps of the constraints, on search and holdout documents.
 
     Where it meets not all of them on the search documents no candidate did, and nothing is claimed.
@@ -251,7 +250,9 @@ def constrained(verdict: Verdict, search: Mapping[str, float], holdout: Mapping[
     """
     text = verdict.text
     if broken := _broken(search):
-        text = f"no gain shown: no candidate met every constraint; the nearest violates {broken}"
+        verdict = replace(verdict, documents_needed=None)  # no number of them would show it
+        head = f"no gain shown: no candidate met every constraint; the nearest violates {broken}"
+        text = sentence(head, tasks, verdict)
     elif broken := _broken(holdout):
         text = f"{text}; on the holdout the winner violates {broken}"
     elif holdout:

@@ -220,8 +220,10 @@ class Study(Record):
         """
         finalists = self._current_finalists()
         first = self._trials[finalists[0].number] if finalists else self._standing.leader()
-        verdict = self.note("verdict")
+        verdict, shortlist = self.note("verdict"), self.note("shortlist")
         asked = [member["trial"] for member in verdict["shortlist"]] if verdict else []
+        if verdict and shortlist and shortlist["finished"] == verdict["finished"]:
+            asked += shortlist["trials"]  # one that could not be scored there is no member
         if first is not None and first.number in asked and len(first.values) == 1:
             chosen: int = verdict["trial"]
             return self._trials[chosen]

@@ -44,6 +44,11 @@ class Leaf:
         return asked_split(self.task)
 
     @property
+    def data(self) -> str:
+        """Which documents its numbers mean: those of two tasks over one data set are the same."""
+        return _data(self.task, len(self.docs))
+
+    @property
     def generates(self) -> bool:
         """Whether the model answers with texts."""
         return bool(self.task.OUTPUT_TYPE == "generate_until")

@@ -96,18 +96,25 @@ def test_the_holdouts_choice_stands_until_a_trial_outdoes_the_finalists(
 ) -> None:
     study = finished.study
     ranked = study.ranked()
-    note = study.note("verdict")
+    note, frozen = study.note("verdict"), study.note("shortlist")
+    monkeypatch.setattr(study, "_current_finalists", list)
+
+    def best(verdict: dict[str, Any], shortlist: dict[str, Any]) -> int:
+        notes = {"verdict": note | verdict, "shortlist": frozen | shortlist}
+        monkeypatch.setattr(study, "note", notes.get)
+        found = study.best()
+        assert found is not None
+        return found.number
+
     for member in note["shortlist"]:
-        monkeypatch.setattr(study, "note", lambda key, m=member: note | {"trial": m["trial"]})
-        monkeypatch.setattr(study, "_current_finalists", list)
-        best = study.best()
-        assert best is not None
-        assert best.number == member["trial"]
+        assert best({"trial": member["trial"]}, {}) == member["trial"]
     others = [m for m in note["shortlist"] if m["trial"] != ranked[0].number]
-    monkeypatch.setattr(study, "note", lambda key: note | {"shortlist": others})
-    best = study.best()
-    assert best is not None
-    assert best.number == ranked[0].number
+    chosen = {"trial": others[-1]["trial"], "shortlist": others}
+    numbers = [member["trial"] for member in others]
+    assert best(chosen, {"trials": numbers}) == ranked[0].number
+    # It was asked about too, and could not be scored; or is to be asked about next.
+    assert best(chosen, {}) == others[-1]["trial"]
+    assert best(chosen, {"finished": frozen["finished"] + 1}) == ranked[0].number
 
 
 def test_equal_recipes_take_one_place(finished: StudyResult, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +238,7 @@ def test_reported_tasks_are_scored_for_winner_and_baselines_only(
     specialist = next(b for b in data["baselines"] if b["name"].endswith("reverse"))
     assert specialist["report_only"]["qs_reverse"]["value"] == 1.0
     found = data["verdict_notes"]["report_only"]["qs_reverse"][specialist["name"]]
-    assert found["value"] == data["best"]["report_only"]["qs_reverse"]["value"] - 1.0
+    assert found["value"] == pytest.approx(data["best"]["report_only"]["qs_reverse"]["value"] - 1.0)
     assert ("lost on qs_reverse" in data["verdict"]) == (found["is_better"] is False)
     print_result(data, "s")
     assert "only reported" in capsys.readouterr().out

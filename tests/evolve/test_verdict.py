@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from evolve.intervals import gain_interval, holm, mcnemar, score_interval, simul
 from evolve.power import documents_needed, resolvable_gain
 from evolve.search_file import ScoringSettings, TaskSpec
 from evolve.tasks import Outcome, TaskSet, report_set
-from evolve.verdict import Elsewhere, Verdict, conclude
+from evolve.verdict import Elsewhere, Verdict, conclude, constrained
 from evolve.workers.worker import Prompting
 from merge_core.recipe import Recipe
 
@@ -118,6 +119,19 @@ def test_baselines_are_each_model_the_average_and_the_starts() -> None:
     ]
     # One tokenizer without chat template: nothing would differ if the owner asked.
     assert all(len(job.promptings) == 1 for job in jobs)
+
+
+def test_a_model_called_like_a_baseline_is_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("base", "average", "starts"):
+        (tmp_path / name).symlink_to(ROOT / "configs/quickstart/models/base")
+    monkeypatch.chdir(tmp_path)
+    models = [{"model": m, "parameters": {"weight": 0.5}} for m in ("average", "starts")]
+    start = Recipe.parse({"merge_method": "task_arithmetic", "base_model": "base", "models": models})
+    jobs = baseline_jobs(start, Prompting(None, False))
+    names = [job.name for job in jobs]
+    assert names == ["base", "average", "starts", "average (recipe)", "starts (recipe)"]
 
 
 def test_a_model_with_another_template_is_also_asked_as_its_owner_would(tmp_path: Path) -> None:
@@ -252,6 +266,44 @@ def test_it_says_how_many_documents_would_show_the_gain(tasks: TaskSet) -> None:
         interval = gain_interval(one, of(better[drawn]), of(base[drawn]))
         shown += interval.low > 0
     assert 0.6 * 60 <= shown <= 0.97 * 60
+
+
+def test_the_documents_needed_are_those_for_every_baseline() -> None:
+    """The best one may hardly differ from the winner, and be shown long before another."""
+    winner = np.array([1.0] * 180 + [0.0] * 120)
+    near, far = winner.copy(), winner.copy()
+    near[:10] = 0.0
+    far[:90], far[180:255] = 0.0, 1.0
+
+    one = TaskSet([TaskSpec(name="qs_sort")], ScoringSettings(task_paths=[str(ROOT / "tasks")]), 0)
+
+    def of(values: np.ndarray) -> dict[str, list[Outcome]]:
+        return {"qs_sort": [Outcome("qs_sort", i, float(value)) for i, value in enumerate(values)]}
+
+    def needed(**baselines: np.ndarray) -> int | None:
+        sides = {name: by_split(of(values)) for name, values in baselines.items()}
+        return conclude(one, {0: of(winner)}, sides).documents_needed  # type: ignore[arg-type]
+
+    alone = needed(far=far)
+    assert alone is not None
+    assert needed(near=near, far=far) == alone
+    assert (needed(near=near) or 0) < alone
+    assert needed(near=near, far=far, better=np.ones(300)) is None
+
+
+def test_where_no_candidate_meets_the_constraints_the_rest_is_said_all_the_same(tasks: TaskSet) -> None:
+    public = copy.copy(tasks)
+    public.public = {"qs_sort": "test"}
+    base, winner = outcomes([1] * 50, [0] * 100), outcomes([0] * 50, [1] * 100)
+    verdict = conclude(public, {1: winner}, {"base": by_split(base)})  # type: ignore[dict-item]
+    assert verdict.is_shown
+    found = constrained(verdict, public, {"qs_sort not below 0.5": 0.5}, {})
+    assert not found.is_shown
+    assert found.text.startswith(
+        "no gain shown: no candidate met every constraint; the nearest violates "
+    )
+    assert "; lost on qs_sort -1.000 [" in found.text
+    assert found.text.endswith("; searched on qs_sort:test: not a leaderboard result")
 
 
 def test_mcnemar_and_holm_are_as_published() -> None:
