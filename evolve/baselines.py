@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from evolve.known import named_apart
 from evolve.workers.worker import Job, Prompting
 from merge_core.checkpoint.locate import tokenizer_folder
 from merge_core.checkpoint.write import TEMPLATE_FILES, TOKENIZER_FILES
@@ -47,14 +48,9 @@ def baseline_jobs(
                 **_tokenizer_keys(start),
             }
         )
-        jobs.append(Job(_named("average", references), "baseline", recipe, (), (prompting,)))
-    jobs.append(Job(_named("starts", references), "baseline", start, (), (prompting,)))
+        jobs.append(Job(named_apart("average", references), "baseline", recipe, (), (prompting,)))
+    jobs.append(Job(named_apart("starts", references), "baseline", start, (), (prompting,)))
     return jobs
-
-
-def _named(name: str, references: Sequence[str]) -> str:
-    """Return a recipe's name, told apart from a model that is called so."""
-    return f"{name} (recipe)" if name in references else name
 
 
 def _tokenizer_keys(recipe: Recipe) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Candidates:
         trials = study.trials()[: settings.n_iterations]
         self._interrupted = [trial for trial in trials if trial.state == TrialState.RUNNING]
         self._refusal: str | None = None
+        self._exhausted: str | None = None
         self.n_pending = 0
 
     def begin(self) -> Job | None:
@@ -46,7 +47,7 @@ class Candidates:
         number, n_lost = len(trials := self._study.trials()), 0
         # A generation is proposed when the whole of the last one is told.
         waits = self._pool.by_generation and self.n_pending and number % self._pool.size == 0
-        self._refusal = None
+        self._refusal = self._exhausted = None
         if not self._interrupted and (number >= self._settings.n_iterations or waits):
             return None
         if (refusal := self._budget.refusal()) is not None:
@@ -62,6 +63,7 @@ class Candidates:
             values = proposal.values
             self._study.begin(number, proposal, self._plan.space)
         else:
+            self._exhausted = self._proposer.ending
             return None
         self._budget.begin(number)
         self.n_pending += 1
@@ -99,8 +101,8 @@ class Candidates:
 
     def ending(self) -> str | None:
         """Keep why nothing more is begun before `n_iterations`: "exhausted" or "ended"; else None."""
-        if self._proposer.ending:
-            self._study.keep_note("exhausted", self._proposer.ending)
+        if self._exhausted:
+            self._study.keep_note("exhausted", self._exhausted)
             return "exhausted"
         if self._refusal:
             self._budget.close(self._refusal)

@@ -6,7 +6,7 @@ Only what lies in the space is a candidate: bounds, steps, choices and fixed val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -31,22 +31,27 @@ def known_recipes(
         own: the user's, see `own_recipes`.
         n_layers: gives a model's number of layers.
     """
-    found = {"starts": space.active(space.starts()), **own}
+    found = {named_apart("starts", own): space.active(space.starts()), **own}
     examples = space.examples()
     for model in space.references():
         alone = (model_alone(model, recipe, n_layers) for recipe in examples)
         if (values := _first_within(space, alone)) is not None:
-            found[f"{model} alone"] = values
+            found[named_apart(f"{model} alone", own)] = values
     # Of structures that are searched, those with most models first.
     widest = sorted(examples, key=lambda recipe: -len(recipe.references()))
     if (values := _first_within(space, map(average, widest))) is not None:
-        found["average"] = values
+        found[named_apart("average", own)] = values
     centres = {v.name: v.start if v.choices is not None else v.from_unit(0.5) for v in space.variables}
     try:
         space.recipe(centres)
     except RecipeError:  # the bounds of a layer range may meet in their centres
         return found
-    return {**found, "centres": space.active(centres)}
+    return {**found, named_apart("centres", own): space.active(centres)}
+
+
+def named_apart(name: str, theirs: Collection[str]) -> str:
+    """Return a recipe's name, told apart from a file or model of the user's that is called so."""
+    return f"{name} (recipe)" if name in theirs else name
 
 
 def own_recipes(space: SearchSpace, files: Sequence[str]) -> dict[str, Values]:

@@ -75,7 +75,7 @@ class CmaSampler:
         self._run = 0
         self._generation = 0
         self._record = _Record()
-        self._drawn: set[tuple[int, int]] = set()
+        self._drawn: set[_Draw] = set()
         self._mean: int | None = None
         self._strategy: Strategy | None = None
 
@@ -84,8 +84,9 @@ class CmaSampler:
         self._record.read(trials)
         strategy = self._caught_up(trials)
         index = len(self._record.draws[self._run, self._generation])
-        vector = strategy.ask(self._rng(index, attempt))
-        self._drawn.add((index, attempt))
+        draw = _draw(index, attempt, number)
+        vector = strategy.ask(self._rng(*draw))
+        self._drawn.add(draw)
         record = {
             "run": self._run,
             "generation": self._generation,
@@ -96,8 +97,8 @@ class CmaSampler:
         }
         return Proposal(strategy.values(vector), {"cma": record})
 
-    def _rng(self, index: int, attempt: int = 0) -> np.random.RandomState:
-        return derived_rng(self._seed, self._run, self._generation, index, attempt)
+    def _rng(self, index: int, *later: int) -> np.random.RandomState:
+        return derived_rng(self._seed, self._run, self._generation, index, *(later or (0,)))
 
     def _caught_up(self, trials: Sequence[FrozenTrial]) -> Strategy:
         """Bring the strategy to the state that the recorded trials imply.
@@ -139,8 +140,9 @@ class CmaSampler:
         # pycma needs two variables.
         is_continuous = len(variables) > 1 and all(v.n_values is None for v in variables)
         kind = Continuous if is_continuous else Mixed
-        # A start on the border has no neighbourhood on one side; step in a little.
-        start = np.clip(start, 0.02, 0.98)
+        # A number on the border has no neighbourhood on one side; step in a little.
+        inside = np.clip(start, 0.02, 0.98)
+        start = np.where([v.choices is None for v in variables], inside, start)
         return kind(variables, start, self.popsize << self._run, self._sigma0, TOLERANCE)
 
     def _tell(self, strategy: Strategy, batch: Sequence[FrozenTrial]) -> None:
@@ -151,18 +153,30 @@ class CmaSampler:
             strategy.tell(vectors, losses(batch), self._rng(_TELLING))
 
 
+_Draw = tuple[int, ...]
+
+
+def _draw(index: int, attempt: int, number: int) -> _Draw:
+    """Return what a draw's random numbers hang on.
+
+    Where a trial's attempts were all turned down, the next one has the same index, and must not draw
+    the same again.
+    """
+    return (index, attempt, number) if attempt else (index,)
+
+
 class _Record:
     """What the sampler's own trials say; each trial is read once when it is there, once when told.
 
     Attributes:
         first: the record of the first of them.
-        draws: (index, attempt) of every candidate by (run, generation) it was drawn in.
+        draws: of every candidate, see `_draw`, by (run, generation) it was drawn in.
         told: the trials told, in that order, by the run they were drawn in.
     """
 
     def __init__(self) -> None:
         self.first: dict[str, Any] | None = None
-        self.draws: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        self.draws: defaultdict[tuple[int, int], list[_Draw]] = defaultdict(list)
         self.told: defaultdict[int, list[FrozenTrial]] = defaultdict(list)
         self._n_read = 0
         self._running: list[int] = []
@@ -172,7 +186,7 @@ class _Record:
         for place in range(self._n_read, len(trials)):
             if record := trials[place].user_attrs.get("cma"):
                 self.first = self.first or record
-                draw = (record["index"], record["attempt"])
+                draw = _draw(record["index"], record["attempt"], trials[place].number)
                 self.draws[record["run"], record["generation"]].append(draw)
                 self._running.append(place)
         self._n_read = len(trials)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from optuna.trial import TrialState
 
 from evolve.samplers import Proposal
-from evolve.space import SearchSpace, Value
+from evolve.space import SearchSpace, Value, Variable
 from merge_core.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class GreedySoup:
 
     def __init__(self, space: SearchSpace) -> None:
         self._space = space
-        switches = [v for v in space.variables if v.choices is not None and None in v.choices]
-        self._on = {v.name: next(c for c in v.choices or () if c is not None) for v in switches}
+        self._on = {v.name: models[0] for v in space.variables if len(models := _models(v)) == 1}
         self._members = [name for name in self._on if self._is_valid([name])]
 
     @property
@@ -89,6 +88,13 @@ class GreedySoup:
         return True
 
 
+def _models(variable: Variable) -> list[Value]:
+    """Return the models that an entry can have beside none; empty where it is no such variable."""
+    is_entry = variable.name.endswith((".model", ".source_model"))
+    choices = variable.choices or ()
+    return [choice for choice in choices if choice is not None] if is_entry and None in choices else []
+
+
 def _key(values: dict[str, Value]) -> str:
     return repr(sorted(values.items()))
 
@@ -113,6 +119,12 @@ def soup_faults(settings: SearchSettings, space: SearchSpace) -> list[str]:
         f"itself, write {key}: {wanted}"
         for key, (value, wanted) in given.items()
         if value != wanted
+    ]
+    faults += [
+        f"search.sampler is greedy_soup, and {variable.name} chooses among {len(models)} models; give "
+        f"each an entry of its own, model: {{choices: [MODEL, null]}}"
+        for variable in space.variables
+        if len(models := _models(variable)) > 1
     ]
     if (n := GreedySoup(space).n_members) < 2:
         faults.append(

@@ -98,6 +98,7 @@ class OptunaSampler:
         self._seed = seed
         self._n_objectives = n_objectives
         self._distributions = space.distributions()
+        self._stepped = [variable for variable in space.variables if variable.step is not None]
         self._record = _Rewritten(name, space)
         self._parents: list[list[FrozenTrial]] = []
 
@@ -118,7 +119,10 @@ class OptunaSampler:
             trial = study.ask(self._distributions)
         key = _GENERATION.get(self._name)
         drawn = study.get_trials(deepcopy=False)[-1].system_attrs
-        return Proposal(dict(trial.params), {"generation": drawn[key]} if key else {})
+        values = dict(trial.params)
+        for variable in self._stepped:  # a Gaussian process misses it by a float's last digits
+            values[variable.name] = variable.from_unit(variable.to_unit(values[variable.name]))
+        return Proposal(values, {"generation": drawn[key]} if key else {})
 
     def _select_parents(self, study: optuna.Study) -> None:
         """Select the parents of every generation that no trial can change any more.

@@ -24,11 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = "configs/quickstart/models"
 
 
-def soups(n: int, **extra: Any) -> Space:
-    models = [
-        {"model": {"choices": [f"m{i}", None]}, "parameters": {"weight": 1.0, **extra}} for i in range(n)
-    ]
-    return Space({"merge_method": "linear", "models": models})
+def soups(n: int, **keys: Any) -> Space:
+    models = [{"model": {"choices": [f"m{i}", None]}, "parameters": {"weight": 1.0}} for i in range(n)]
+    return Space({"merge_method": "linear", "models": models, **keys})
 
 
 def members(values: Mapping[str, Value]) -> frozenset[int]:
@@ -98,6 +96,17 @@ def test_what_a_soup_cannot_have_is_said() -> None:
         assert any(said in fault for fault in faults)
     assert any("write model: {choices: [MODEL, null]}" in fault for fault in faults)
     assert soup_faults(SearchSettings(), soups(2)) == []
+    models = [
+        {"model": {"choices": c}, "parameters": {"weight": 1.0}} for c in (["a", "b", None], ["c", None])
+    ]
+    (one, *_) = soup_faults(SearchSettings(), Space({"merge_method": "linear", "models": models}))
+    assert "models[0].model chooses among 2 models; give each an entry of its own" in one
+
+
+def test_what_is_no_model_stays_at_its_start() -> None:
+    over = soups(2, out_dtype={"choices": ["float32", None]})
+    trials = search(over, lambda v: 1.0, 50, "greedy_soup")
+    assert {trial.params["out_dtype"] for trial in trials} == {"float32"}
 
 
 @pytest.mark.slow

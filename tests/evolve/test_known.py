@@ -191,6 +191,18 @@ def test_a_seed_recipe_is_tried_right_after_the_starts(tmp_path: Path) -> None:
     assert list(known_recipes(space, own, n_layers))[:2] == ["starts", file]
 
 
+def test_a_seed_recipe_that_is_called_like_a_known_one_is_tried_as_well() -> None:
+    space = weights(2)
+    own: dict[str, dict[str, Value]] = {
+        name: {"models[0].weight": i / 10, "models[1].weight": 0.7}
+        for i, name in enumerate(("starts", "average", "m0 alone", "centres"))
+    }
+    found = known_recipes(space, own, n_layers)
+    assert {name: found[name] for name in own} == own
+    others = known_recipes(space, {}, n_layers)
+    assert [found[f"{name} (recipe)"] for name in own] == [others[name] for name in own]
+
+
 def test_seed_recipes_outside_the_space_are_told_each_with_what_is_wrong(tmp_path: Path) -> None:
     wide, space = weights(2, high=3.0), weights(2)
     outside = written(tmp_path, wide, {"models[0].weight": 2.5, "models[1].weight": 0.5})

@@ -142,6 +142,13 @@ def test_samplers_keep_away_from_what_violates_a_constraint(name: str) -> None:
     assert np.mean([trial.params["models[1].weight"] for trial in trials[-40:]]) > 0.6
 
 
+def test_a_gaussian_process_keeps_to_the_steps() -> None:
+    over = weights(2, step=0.01)
+    trials = search(over, sphere, 20, "gp")
+    steps = {v.name: {v.from_unit(i / 100) for i in range(101)} for v in over.variables}
+    assert all(value in steps[name] for trial in trials for name, value in trial.params.items())
+
+
 def test_feasible_candidates_rank_first_and_failures_last() -> None:
     over = weights(1)
     trials = search(over, lambda v: None if v["models[0].weight"] < 0.2 else 1.0, 12, "qmc")  # type: ignore[operator]
@@ -237,6 +244,25 @@ def test_cma_finds_the_optimum_of_a_mixed_space() -> None:
         trials = search(mixed(), mixed_sphere, 400, "cma", seed)
         assert best(trials) > -0.002
         assert best(trials) > best(search(mixed(), mixed_sphere, 400, "random", seed))
+
+
+def test_cma_goes_on_after_its_draws_were_turned_down() -> None:
+    """Where it closes in on few choices most draws are earlier candidates, in the end eight in a row."""
+    models = [{"model": f"m{i}", "parameters": {"weight": {"choices": [0.0, 1.0]}}} for i in range(8)]
+    over = Space({"merge_method": "task_arithmetic", "base_model": "base", "models": models})
+    trials = search(over, lambda v: sum(float(x) for x in v.values()), 120, "cma")  # type: ignore[arg-type]
+    own = [trial.number for trial in trials if "cma" in trial.user_attrs]
+    first_lost = next(number for number in range(own[0], 120) if number not in own)
+    assert sum(number > first_lost for number in own) > (120 - first_lost) / 3
+
+
+def test_cma_begins_at_the_start_of_a_long_list_of_choices() -> None:
+    choices = {"choices": [f"m{i}" for i in range(120)]}
+    models = [{"model": model, "parameters": {"weight": 1.0}} for model in (choices, "other")]
+    over = Space({"merge_method": "linear", "models": models})
+    sampler = make_sampler("cma", over, 0)
+    drawn = [sampler.propose(i, [], attempt=i).values["models[0].model"] for i in range(40)]  # type: ignore[union-attr]
+    assert max(set(drawn), key=drawn.count) == "m0"
 
 
 def test_cma_finds_the_optimum_of_one_variable() -> None:
