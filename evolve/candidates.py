@@ -88,7 +88,7 @@ class Candidates:
             return
         outcomes = result.outcomes[self._plan.setup.prompting]["search"]
         try:
-            scores, errors = self._heats.scores(outcomes)
+            scores, errors = self._heats.scores(number, outcomes)
         except TrialError as error:  # a function of the user's own may fail now and then
             self._study.fail(number, error.kind, str(error), result.seconds)
             return

@@ -46,7 +46,7 @@ class Heats:
     def _values(self, race: Race, trial: FrozenTrial) -> Values:
         if (recorded := trial.user_attrs.get("raced")) is not None:
             return race.recalled(trial.number, recorded)
-        return values_of(self._told(trial.number))
+        return race.values(trial.number, self._told(trial.number))
 
     def _told(self, number: int) -> Outcomes:
         return self._study.outcomes.load(f"trial-{number}")["search"]
@@ -67,7 +67,7 @@ class Heats:
         if not self.race or result.failure or number in self._halves:
             return None
         outcomes = result.outcomes[self._plan.setup.prompting]["search"]
-        if self.race.is_hopeless(number, values_of(outcomes)):
+        if self.race.is_hopeless(number, self.race.values(number, outcomes, n_halves=1)):
             return None
         self._halves[number] = result
         return replace(result.job, documents=by_leaf(self.race.blocks(number)[1]))
@@ -84,7 +84,7 @@ class Heats:
         both = joined(first.outcomes[prompting]["search"], result.outcomes[prompting]["search"])
         return replace(result, outcomes={prompting: {"search": both}}, seconds=seconds)
 
-    def scores(self, outcomes: Outcomes) -> tuple[dict[str, float], dict[str, float]]:
+    def scores(self, number: int, outcomes: Outcomes) -> tuple[dict[str, float], dict[str, float]]:
         """Return a candidate's scores over all search documents, and their standard errors if estimated.
 
         Raises:
@@ -92,7 +92,7 @@ class Heats:
         """
         if self.race is None:
             return self._plan.followed.scores(outcomes), {}
-        estimates = self.race.estimates(values_of(outcomes))
+        estimates = self.race.estimates(self.race.values(number, outcomes))
         return (
             {key: estimate.value for key, estimate in estimates.items()},
             {key: estimate.standard_error for key, estimate in estimates.items()},
@@ -100,12 +100,14 @@ class Heats:
 
     def recorded(self, number: int, outcomes: Outcomes) -> dict[str, Any]:
         """Return what a trial's record says of its race, so that a resume need not open every file."""
-        return {"raced": self.race.recorded(number, values_of(outcomes))} if self.race else {}
+        if self.race is None:
+            return {}
+        return {"raced": self.race.recorded(number, self.race.values(number, outcomes))}
 
     def tell(self, number: int, outcomes: Outcomes) -> None:
         """Learn from a candidate that was told."""
         if self.race:
-            self.race.tell(number, values_of(outcomes))
+            self.race.tell(number, self.race.values(number, outcomes))
 
     # ---- before the finals ----------------------------------------------------------------------
 

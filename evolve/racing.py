@@ -125,6 +125,19 @@ class Race:
             {key: block[len(block) - len(block) // 2 :] for key, block in whole.items()},
         ]
 
+    def values(self, number: int, outcomes: Outcomes, n_halves: int = 2) -> Values:
+        """Return what candidate `number` gave on the first halves of its block, or on all of it.
+
+        A document in the block of one score is asked for every score of its leaf; where scores have
+        other documents each, that may be one outside their own block, where nobody else was asked it.
+        """
+        halves = self.blocks(number)[:n_halves]
+        own = {key: {document for half in halves for document in half[key]} for key in self._scores}
+        return {
+            key: {document: value for document, value in its.items() if document in own[key]}
+            for key, its in values_of(outcomes).items()
+        }
+
     def is_hopeless(self, number: int, values: Values) -> bool:
         """Tell whether a candidate is worse on its documents so far than the best who was asked them.
 

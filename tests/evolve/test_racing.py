@@ -20,6 +20,7 @@ from evolve.racing import FINALISTS, GENERATION, Race, Values
 from evolve.report import result_json
 from evolve.search_file import SearchFile
 from evolve.study import Study
+from evolve.tasks import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 24
@@ -112,6 +113,29 @@ def test_with_many_objectives_only_who_is_worse_in_all_is_dropped() -> None:
     over.tell(0, answered(over, 0, {"a": right, "b": wrong}))
     assert not over.is_hopeless(1, answered(over, 1, {"a": wrong, "b": wrong}, halves=1))
     assert over.is_hopeless(1, answered(over, 1, {"a": wrong, "b": right}, halves=1))
+
+
+def test_outcomes_outside_a_scores_own_block_count_for_nothing() -> None:
+    """A leaf's documents are asked for every score: of scores over other documents, more than its own."""
+    documents = {
+        "a": [("a", i) for i in range(60)],
+        "ab": [(leaf, i) for leaf in "ab" for i in range(60)],
+    }
+    over = Race(documents, {"a": 1.0, "ab": -1.0}, 60, 3)
+    for number in range(8):
+        first, second = over.blocks(number)
+        assert not set(first["ab"] + second["ab"]) <= set(first["a"] + second["a"])
+        asked = {document for half in (first, second) for its in half.values() for document in its}
+        outcomes = {
+            key: [Outcome(*document, 1.0) for document in sorted(asked) if document in its]
+            for key, its in documents.items()
+        }
+        for n_halves, block in ((1, first), (2, {key: first[key] + second[key] for key in first})):
+            found = over.values(number, outcomes, n_halves)
+            assert {key: set(its) for key, its in found.items()} == {k: set(v) for k, v in block.items()}
+        recorded = over.recorded(number, found)
+        assert over.recalled(number, recorded) == found
+        over.tell(number, found)
 
 
 def test_documents_that_all_agree_on_are_asked_last() -> None:
@@ -238,6 +262,15 @@ def test_many_objectives_and_a_signal_race_too(tmp_path: Path) -> None:
     assert result.study.finalists()
     members = {t.number for t in result.study.front()}
     assert members <= set(result.study.finalists())
+
+
+@pytest.mark.parametrize("signal", ["likelihood", "both"])
+def test_an_objective_over_several_tasks_races_and_goes_on(tmp_path: Path, signal: str) -> None:
+    data = raced(8, signal=signal).as_dict()
+    data["tasks"].append({"name": "output_tokens", "weight": 0.01})
+    run(SearchFile(data).changed(search={"n_iterations": 5}), folder=tmp_path / "s")
+    study = run(SearchFile(data), folder=tmp_path / "s").study
+    assert [trial.state.name for trial in study.trials()] == ["COMPLETE"] * 8
 
 
 def test_auto_races_where_it_saves_most_documents() -> None:
