@@ -102,6 +102,11 @@ class FunctionScore(ScoredTask):
 
     n_resamples: ClassVar[int] = 200
 
+    @property
+    def is_raced(self) -> bool:
+        """Tell that a part of the documents is not known to tell of all: it may return one number."""
+        return False
+
     def averages(self, outcomes: Sequence[Outcome]) -> bool:
         """Tell whether the function gave a number for each document."""
         return not any(isinstance(outcome.value, Mapping) for outcome in outcomes)

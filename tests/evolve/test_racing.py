@@ -284,10 +284,15 @@ def test_auto_races_where_it_saves_most_documents() -> None:
     assert resolved(100, 200, "metric") == resolved(100, 200, "both") == "none"
 
 
-def test_what_cannot_be_told_from_a_part_is_not_raced() -> None:
-    data = raced(100).as_dict()
-    data["tasks"].append({"name": "seconds_per_document"})
-    with pytest.raises(SearchFileError, match=r"search.racing is always, but seconds_per_document"):
+@pytest.mark.parametrize(
+    "task",
+    [{"name": "seconds_per_document"}, {"name": "statistics:fmean", "direction": "maximize"}],
+    ids=lambda task: task["name"],
+)
+def test_what_cannot_be_told_from_a_part_is_not_raced(task: dict[str, Any]) -> None:
+    data = raced(100, signal="likelihood").changed(scoring={"limit": 200}).as_dict()
+    data["tasks"].append(task)
+    with pytest.raises(SearchFileError, match=f"search.racing is always, but {task['name']} cannot"):
         make_plan(SearchFile(data))
     data["search"]["racing"] = "auto"
     assert make_plan(SearchFile(data)).search_file.search.racing == "none"
