@@ -166,10 +166,11 @@ class Race:
         for key, its in values.items():
             pairs = np.array([value - other[key][document] for document, value in its.items()])
             spread = ((pairs - pairs.mean()) ** 2).sum() + _EASE_PRIOR * _COIN
-            weight = self._weights[key]
+            # Of many objectives each counts alone: by its weight's sign, which a zero has, too.
+            weight = math.copysign(1.0, self._weights[key]) if self._many else self._weights[key]
             difference += weight * float(pairs.mean())
             variance += weight**2 * float(spread) / (len(pairs) + _EASE_PRIOR) / len(pairs)
-        return difference / math.sqrt(variance)
+        return difference / math.sqrt(variance) if variance else 0.0
 
     def estimates(self, values: Values) -> dict[str, Estimate]:
         """Estimate each score over all its documents."""

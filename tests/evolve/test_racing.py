@@ -115,6 +115,16 @@ def test_with_many_objectives_only_who_is_worse_in_all_is_dropped() -> None:
     assert over.is_hopeless(1, answered(over, 1, {"a": wrong, "b": right}, halves=1))
 
 
+def test_a_weight_of_0_is_an_objective_like_any_other_of_many() -> None:
+    right, wrong = np.ones(200), np.zeros(200)
+    documents = {key: [(key, i) for i in range(200)] for key in "ab"}
+    for many in (True, False):
+        over = Race(documents, {"a": 0.0, "b": -0.0}, 120, 3, has_many_objectives=many)
+        over.tell(0, answered(over, 0, {"a": right, "b": wrong}))
+        assert not over.is_hopeless(1, answered(over, 1, {"a": wrong, "b": wrong}, halves=1))
+        assert over.is_hopeless(1, answered(over, 1, {"a": wrong, "b": right}, halves=1)) == many
+
+
 def test_outcomes_outside_a_scores_own_block_count_for_nothing() -> None:
     """A leaf's documents are asked for every score: of scores over other documents, more than its own."""
     documents = {
