@@ -55,8 +55,8 @@ WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.3
 _EASE_PRIOR = 4.0
 # How many documents of typical variance a candidate's own variance is pooled with.
 _VARIANCE_PRIOR = 8.0
-# The variance of an outcome before any is known: that of a fair coin.
-_COIN = 0.25
+# Mean and variance of an outcome before any is known: those of a fair coin.
+_COIN_MEAN, _COIN = 0.5, 0.25
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,12 @@ class Race:
         return sum(
             self._weights[key] * math.fsum(peer[key][document] for document in its) / len(its)
             for key, its in asked.items()
+            if its
         )
 
     def _z(self, values: Values, other: Values) -> float:
         difference = variance = 0.0
-        for key, its in values.items():
+        for key, its in ((key, its) for key, its in values.items() if its):
             pairs = np.array([value - other[key][document] for document, value in its.items()])
             spread = ((pairs - pairs.mean()) ** 2).sum() + _EASE_PRIOR * _COIN
             # Of many objectives each counts alone: by its weight's sign, which a zero has, too.
@@ -239,7 +240,7 @@ class _Score:
         self._residuals = np.zeros(n)
         self._n_asked = np.zeros(n)
         self._lowest, self._highest = np.full(n, np.inf), np.full(n, -np.inf)
-        self._squares = self._n_squares = 0.0
+        self._squares = self._n_squares = self._total = 0.0
 
     def block(self, generation: int) -> list[Document]:
         """Return a generation's block; the next one begins with its second half."""
@@ -261,13 +262,19 @@ class _Score:
         return asked, np.array(list(values.values()), float)
 
     def estimate(self, values: Mapping[Document, float]) -> Estimate:
-        """Estimate the mean over all documents."""
+        """Estimate the mean over all documents.
+
+        Of a candidate without values that is what the others gave. A task may give few documents one.
+        """
+        typical = (self._squares + _VARIANCE_PRIOR * _COIN) / (self._n_squares + _VARIANCE_PRIOR)
+        if not values:
+            mean = self._total / self._n_squares if self._n_squares else _COIN_MEAN
+            return Estimate(mean, math.sqrt(typical))
         asked, given = self._arrays(values)
         n, n_all = len(given), len(self.documents)
         if n == n_all:
             return Estimate(float(given.mean()), 0.0)
         residuals = given - self._ease()[asked]
-        typical = (self._squares + _VARIANCE_PRIOR * _COIN) / (self._n_squares + _VARIANCE_PRIOR)
         spread = ((residuals - residuals.mean()) ** 2).sum() + _VARIANCE_PRIOR * typical
         # What was asked is known: the error is that of the rest (finite population correction).
         variance = float(spread) / (n + _VARIANCE_PRIOR) / n * (1 - n / n_all)
@@ -275,6 +282,8 @@ class _Score:
 
     def learn(self, values: Mapping[Document, float]) -> None:
         """Learn from one candidate's values."""
+        if not values:
+            return
         asked, given = self._arrays(values)
         residuals = given - (given - self._ease()[asked]).mean()
         self._residuals[asked] += residuals
@@ -283,6 +292,7 @@ class _Score:
         self._highest[asked] = np.maximum(self._highest[asked], given)
         self._squares += float(((residuals - self._ease()[asked]) ** 2).sum())
         self._n_squares += len(asked)
+        self._total += float(given.sum())
 
 
 def race_over(

@@ -323,6 +323,9 @@ class Worker:
         for by_split in result.outcomes.values():
             for split, outcomes in by_split.items():
                 for task in self._tasks_of(split).following(job.signal).tasks:
-                    # A few documents may be of other entries only.
-                    if outcomes[task.key] or job.documents is None:
-                        task.score(outcomes[task.key])
+                    its = outcomes[task.key]
+                    if job.documents is not None:
+                        # Few documents may be of other entries only, or such that have no value.
+                        its = [outcome for outcome in its if outcome.value is not None]
+                    if its or job.documents is None:
+                        task.score(its)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,29 @@ def test_what_cannot_be_told_from_a_part_is_not_raced(task: dict[str, Any]) -> N
 
 def test_one_in_30_reaches_the_finals() -> None:
     assert race(n_candidates=120).n_of(FINALISTS) == 4
+
+
+def test_a_block_may_have_no_value_of_a_task(tmp_path: Path) -> None:
+    """A task may give only some documents a value; of few documents that may be none."""
+    for name in ("quickstart_data.py", "qs_sort.jsonl"):
+        shutil.copy(ROOT / "tasks" / name, tmp_path)
+    plain = (ROOT / "tasks/qs_sort.yaml").read_text().partition("metric_list")[0]
+    (tmp_path / "some.yaml").write_text(
+        plain.replace("task: qs_sort", "task: some")
+        + "process_results: !function some.value\n"
+        + "metric_list: [{metric: m, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (tmp_path / "some.py").write_text(
+        "def value(doc, results):\n"
+        "    return {'m': float(results[0] == doc['answer'])} if 'a' in doc['answer'] else {}\n"
+    )
+    data = raced(8).as_dict()
+    data["tasks"] = [{"name": "some"}, {"name": "qs_reverse"}]
+    data["scoring"]["task_paths"].append(str(tmp_path))
+    study = run(SearchFile(data), folder=tmp_path / "s").study
+    assert [trial.state.name for trial in study.trials()] == ["COMPLETE"] * 8
+    n_values = [len(trial.user_attrs["raced"]["some"]) for trial in study.trials()]
+    assert 0 in n_values
 
 
 @pytest.mark.parametrize("limit", [30, 32])
