@@ -101,7 +101,7 @@ class Budget:
         self._held_back = documents_of_finals(plan)
         self._limits = limits(plan.search_file.search)
         self._under_way: dict[int, float] = {}
-        self._asked_later = 0
+        self._asked_later = _asked_later(study)
         recent = (trial.user_attrs.get("seconds", {}) for trial in study.finished()[-_LATEST:])
         self._latest = deque((sum(seconds.values()) for seconds in recent), maxlen=_LATEST)
 
@@ -121,7 +121,12 @@ class Budget:
     def documents(self) -> int:
         """Documents that candidates were asked, or are being asked; those of failed ones in full."""
         in_full = self._study.n_failed + len(self._under_way)
-        return self._study.n_documents + in_full * self._a_candidate + self._asked_later
+        return self._study.n_documents + in_full * self._a_candidate + self.asked_later
+
+    @property
+    def asked_later(self) -> int:
+        """Documents that candidates were asked after the search, by all runs: in rounds and finals."""
+        return sum(self._asked_later.values())
 
     def begin(self, number: int) -> None:
         """Count a candidate as under way."""
@@ -130,10 +135,6 @@ class Budget:
     def end(self, number: int) -> None:
         """Count a candidate that was told."""
         self._latest.append(time.monotonic() - self._under_way.pop(number))
-
-    def ask(self, n_documents: int) -> None:
-        """Count documents that a candidate is asked after the search."""
-        self._asked_later += n_documents
 
     def keep(self) -> None:
         """Keep what is spent with the study."""
@@ -167,24 +168,42 @@ class Budget:
                 )
         return None
 
-    def allows(self, n_documents: int, keep_for_finals: bool = False) -> bool:
-        """Tell whether a candidate may be asked documents after the search.
+    def takes(self, file: str, n_documents: int, keep_for_finals: bool = False) -> bool:
+        """Tell whether a candidate may be asked documents after the search, and count them once.
 
         Args:
+            file: where its outcomes will be, or are already: then nothing is asked.
             keep_for_finals: whether what the finals need must be left, and time too.
         """
+        if self._study.outcomes.has(file):
+            return True
         if keep_for_finals and (
             self.seconds > self._limits.get("timeout_s", float("inf"))
             or self.gpu_hours > self._limits.get("max_gpu_hours", float("inf"))
         ):
             return False
+        if file in self._asked_later:  # a run before this one was interrupted there, or it failed
+            return True
         limit = self._limits.get("max_documents", float("inf"))
         held_back = self._held_back if keep_for_finals else 0
-        return self.documents + n_documents + held_back <= limit
+        if self.documents + n_documents + held_back > limit:
+            return False
+        self._asked_later[file] = n_documents
+        self._study.keep_note("asked_later", self._asked_later)
+        return True
 
     def close(self, why: str) -> None:
         """Keep with the study why nothing more was begun, and under which limits."""
         self._study.keep_note("ended", {"why": why, "limits": self._limits})
+
+
+def _asked_later(study: Study) -> dict[str, int]:
+    """Return by file how many documents were asked after the search."""
+    if (noted := study.note("asked_later")) is not None:
+        return dict(noted)
+    # Records of before there was this note know the number alone.
+    finals = study.note("finals")
+    return {"finals": finals["documents"]} if finals else {}
 
 
 def ended_at(study: Study, settings: SearchSettings) -> str | None:

@@ -52,7 +52,7 @@ def finals(
     """
     if study.has_finals:
         return
-    ranked, n_documents = heats.elite(pool, budget, scored)
+    ranked = heats.elite(pool, budget, scored)
     # Of a front every member: the sampler finds none better than another.
     n = max(plan.n_finalists, 0 if heats.race else len(study.front()))
     places = iter(ranked[: 2 * n])
@@ -61,13 +61,11 @@ def finals(
 
     def jobs(trials: Sequence[FrozenTrial]) -> Iterator[tuple[str, Job]]:
         """Yield what has to be scored, by file, as long as the budget allows it."""
-        nonlocal is_spent, n_documents
+        nonlocal is_spent
         for trial in trials:
             if (known := _known_scores(plan, trial)) is not None:
                 scores[trial.number] = known
-            elif budget.allows(plan.tasks.n_documents):
-                budget.ask(plan.tasks.n_documents)
-                n_documents += plan.tasks.n_documents
+            elif budget.takes(_file(trial), plan.tasks.n_documents):
                 recipe = plan.space.recipe(trial.params)
                 prompting = (plan.setup.prompting,)
                 yield _file(trial), Job(str(trial.number), "final", recipe, ("search",), prompting)
@@ -98,7 +96,7 @@ def finals(
         [rating.total_violation for rating in ratings],
         [rating.objective for rating in ratings],
     )
-    study.keep_finals([finalists[i] for i in order], n_documents)
+    study.keep_finals([finalists[i] for i in order], budget.asked_later)
 
 
 def _known_scores(plan: Plan, trial: FrozenTrial) -> dict[str, float] | None:

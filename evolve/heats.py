@@ -15,7 +15,7 @@ from evolve.plan import Plan
 from evolve.racing import Document, Race, Round, Values, values_of
 from evolve.smoothing import MOST_SMOOTHED, coordinates, smoothed
 from evolve.study import Study
-from evolve.tasks import Documents, Outcomes, n_documents
+from evolve.tasks import Documents, Outcomes
 from evolve.workers import Pool
 from evolve.workers.worker import Job, Result
 from merge_core.recipe import Recipe
@@ -111,24 +111,21 @@ class Heats:
 
     # ---- before the finals ----------------------------------------------------------------------
 
-    def elite(
-        self, pool: Pool, budget: Budget, scored: Callable[[], None]
-    ) -> tuple[list[FrozenTrial], int]:
-        """Return the candidates for the finals, the best first, and how many documents it took.
+    def elite(self, pool: Pool, budget: Budget, scored: Callable[[], None]) -> list[FrozenTrial]:
+        """Return the candidates for the finals, the best first.
 
         Raced candidates go through rounds, in which those who are left are asked more documents, as long
         as the budget allows it. Who is left is said by smoothed estimates.
         """
         ranked, race = self._study.ranked(), self.race
         if race is None or not ranked:
-            return ranked, 0
+            return ranked
         values = {trial.number: self._values(race, trial) for trial in ranked}
         points = {
             trial.number: coordinates(self._plan.space.variables, trial.params)
             for trial in ranked[:MOST_SMOOTHED]
         }
         known: dict[int, Outcomes] = {}  # of those who take part
-        n_asked = 0
         ratings = self._rated(race, ranked, values, points)
         for i, each in enumerate(race.rounds()):
             order = ranking(*ratings)
@@ -140,11 +137,10 @@ class Heats:
             found = kept_outcomes(self._study, self._plan, pool, jobs, scored)
             for number in (trial.number for trial in ranked):
                 if (more := found.get(_file(i, number))) is not None:
-                    n_asked += n_documents(more["search"])
                     known[number] = joined(known[number], more["search"])
                     values[number] = values_of(known[number])
             ratings = self._rated(race, ranked, values, points)
-        return [ranked[j] for j in ranking(*ratings)], n_asked
+        return [ranked[j] for j in ranking(*ratings)]
 
     def _rated(
         self,
@@ -196,10 +192,10 @@ class Heats:
         for trial in trials:
             wanted = self._wanted(each, known[trial.number])
             n_wanted = len({document for every in wanted.values() for document in every})
-            if n_wanted and budget.allows(n_wanted, keep_for_finals=True):
-                budget.ask(n_wanted)
+            file = _file(i, trial.number)
+            if n_wanted and budget.takes(file, n_wanted, keep_for_finals=True):
                 job = self.begin(trial.number, self._plan.space.recipe(trial.params))
-                yield _file(i, trial.number), replace(job, kind="final", documents=by_leaf(wanted))
+                yield file, replace(job, kind="final", documents=by_leaf(wanted))
 
 
 def _file(i: int, number: int) -> str:

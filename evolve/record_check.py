@@ -82,6 +82,7 @@ _NOTES: dict[str, Any] = {
     "n_layers": int,
     "seconds_total": float,
     "exhausted": str,
+    "asked_later": dict[str, int],
     "finals": _Finals,
     "shortlist": _Shortlist,
 }

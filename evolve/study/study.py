@@ -273,7 +273,7 @@ class Study(Record):
         """Keep what the finalists scored, the winner first; a finished trial takes no attributes.
 
         Args:
-            n_documents: how many were scored for it beside those of the trials.
+            n_documents: how many were asked beside those of the trials, for these and earlier finals.
         """
         kept = [asdict(finalist) for finalist in finalists]
         finals = {"finished": self.n_finished, "documents": n_documents, "finalists": kept}

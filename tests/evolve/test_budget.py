@@ -72,6 +72,16 @@ def test_what_finals_need_is_held_back_for_them(change: dict[str, Any], tmp_path
     assert 1 < data["n_trials"] < 20 or data["documents_scored"] > 420 - 3 * 20
 
 
+def test_documents_of_earlier_finals_count_and_none_twice(tmp_path: Path) -> None:
+    for limit in (6 * A_CANDIDATE, 10 * A_CANDIDATE):
+        result = run(limited(signal="likelihood", max_documents=limit), folder=tmp_path / "s")
+        scored = result_json(result)["documents_scored"]
+        files = list((tmp_path / "s/outcomes").glob("final-*"))
+        assert scored == A_CANDIDATE * (len(params(result)) + len(files)) <= limit
+    # The first finals took three candidates' documents, and as many are held back for the second.
+    assert len(params(result)) == 4
+
+
 @pytest.mark.parametrize(("search", "least"), [({}, 30), ({"racing": "always"}, 108)])
 def test_a_limit_under_which_nothing_can_begin_is_refused(
     search: dict[str, Any], least: int, tmp_path: Path
