@@ -192,6 +192,14 @@ class Budget:
         self._study.keep_note("asked_later", self._asked_later)
         return True
 
+    def shortage(self) -> str:
+        """Say what limit lets no finalist be scored: it was lowered to what is spent already."""
+        limit, needed = self._limits["max_documents"], self.documents + self._held_back
+        return (
+            f"search.max_documents is {limit:.0f}, and {self.documents} are spent, so that no finalist "
+            f"can be scored by the tasks' own metrics; allow {needed} or more, and run it again"
+        )
+
     def close(self, why: str) -> None:
         """Keep with the study why nothing more was begun, and under which limits."""
         self._study.keep_note("ended", {"why": why, "limits": self._limits})

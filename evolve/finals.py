@@ -48,7 +48,7 @@ def finals(
         scored: called for each candidate that had to be scored.
 
     Raises:
-        SearchStoppedError: none of them can be scored.
+        SearchStoppedError: none of them can be scored, or may be.
     """
     if study.has_finals:
         return
@@ -85,7 +85,9 @@ def finals(
         if number in scores
     ]
     if ranked and not finalists:
-        _, kind, text = study.note(f"{_file(ranked[0])} failed")
+        if (failed := study.note(f"{_file(ranked[0])} failed")) is None:
+            raise SearchStoppedError(budget.shortage())
+        _, kind, text = failed
         raise SearchStoppedError(
             f"no candidate could be scored by the tasks' own metrics ({kind}: {text}); correct the "
             f"task, or run the same command again to try once more"

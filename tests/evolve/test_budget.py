@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from evolve.budget import most_candidates
-from evolve.errors import SearchFileError
+from evolve.errors import SearchFileError, SearchStoppedError
 from evolve.loop import StudyResult, run
 from evolve.plan import make_plan
 from evolve.report import result_json
@@ -80,6 +80,20 @@ def test_documents_of_earlier_finals_count_and_none_twice(tmp_path: Path) -> Non
         assert scored == A_CANDIDATE * (len(params(result)) + len(files)) <= limit
     # The first finals took three candidates' documents, and as many are held back for the second.
     assert len(params(result)) == 4
+
+
+def test_a_limit_lowered_to_what_is_spent_leaves_no_finals_and_says_so(tmp_path: Path) -> None:
+    def kill(event: str, study: Any, _: Any) -> None:
+        if event == "told" and study.n_finished == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(limited(signal="likelihood"), folder=tmp_path / "s", progress=kill)
+    lowered = limited(signal="likelihood", max_documents=5 * A_CANDIDATE)
+    with pytest.raises(SearchStoppedError, match=r"max_documents is 150, and 150 are .* allow 240 or"):
+        run(lowered, folder=tmp_path / "s")
+    result = run(lowered.changed(search={"max_documents": 240}), folder=tmp_path / "s")
+    assert result_json(result)["documents_scored"] == 240
 
 
 @pytest.mark.parametrize(("search", "least"), [({}, 30), ({"racing": "always"}, 108)])
