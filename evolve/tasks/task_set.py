@@ -141,8 +141,9 @@ class TaskSet:
     @property
     def n_documents(self) -> int:
         """Search documents that one candidate is scored on, over all tasks."""
-        leaves = {leaf.name: leaf for task in self.tasks for leaf in task.leaves}
-        return sum(len(leaf.documents["search"]) for leaf in leaves.values())
+        # A likelihood's leaf holds fewer documents than the metric's of the same name may.
+        leaves = [leaf for task in self.tasks for leaf in task.leaves]
+        return len({(leaf.name, number) for leaf in leaves for number in leaf.documents["search"]})
 
     def references(self) -> list[str]:
         """Models that candidates are held against."""

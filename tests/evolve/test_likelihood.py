@@ -247,9 +247,13 @@ def test_of_several_references_the_likeliest_counts(folder: str, name: str, best
 
 
 def test_documents_without_a_reference_are_left_out(folder: str) -> None:
-    outcomes = bank_of(folder, "some").answer("search", "both")
+    bank = bank_of(folder, "some")
+    outcomes = bank.answer("search", "both")
     assert [o.document for o in outcomes["some:likelihood"]] == [0, 2, 4]
     assert len(outcomes["some"]) == N
+    # What a candidate is asked of the task, which a search's limit counts.
+    counted = {signal: bank.tasks.following(signal).n_documents for signal in SIGNALS}
+    assert counted == {"likelihood": 3, "both": N}
 
 
 # ---- what has no references ----------------------------------------------------------------------
