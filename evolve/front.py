@@ -51,6 +51,43 @@ def ranking(
     return sorted(range(len(values)), key=lambda i: (violations[i], i != middle, i not in members, i))
 
 
+def spread(values: np.ndarray, violations: Sequence[float], n: int) -> list[int]:
+    """Return the indices of `n` candidates that stand for all, in an order of which every part does.
+
+    With one value that is `ranking`. With several the front comes first: its knee, the best of each
+    objective, then ever the one furthest from those before; after it the front of the rest, likewise.
+
+    Args:
+        values, violations: see `ranking`.
+    """
+    if not len(values) or values.shape[1] == 1:
+        return ranking(values, violations)[:n]
+    order: list[int] = []
+    left = np.arange(len(values))
+    total = np.asarray(violations)
+    while len(order) < n and (members := front(values[left], total[left])):
+        order += [int(left[members[i]]) for i in _spread_front(values[left[members]])]
+        left = np.delete(left, members)
+    return [*order, *sorted(left.tolist(), key=lambda i: (violations[i], i))][:n]
+
+
+def _spread_front(values: np.ndarray) -> list[int]:
+    """Return the indices of a front's members, in the order of `spread`."""
+    worst, best = values.min(axis=0), values.max(axis=0)
+    share = (values - worst) / np.where(best > worst, best - worst, 1)
+    # Of several that are the best in an objective, the one that is better in the others.
+    extremes = [int(np.lexsort((share.sum(axis=1), one))[-1]) for one in share.T]
+    first = dict.fromkeys([knee(values, np.zeros(len(values))), *extremes])
+    order: list[int] = []
+    distance = np.full(len(values), np.inf)
+    while len(order) < len(values):
+        i = next((i for i in first if i not in order), int(distance.argmax()))
+        order.append(i)
+        distance = np.minimum(distance, np.linalg.norm(share - share[i], axis=1))
+        distance[i] = -1
+    return order
+
+
 def front(values: np.ndarray, violations: Sequence[float]) -> list[int]:
     """Return the indices of the candidates that meet every constraint and that no such one dominates.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evolve.budget import Budget
-from evolve.front import front, ranking
+from evolve.front import front, spread
 from evolve.kept import kept_outcomes
 from evolve.plan import Plan
 from evolve.racing import Document, Race, Round, Values, values_of
@@ -112,10 +112,11 @@ class Heats:
     # ---- before the finals ----------------------------------------------------------------------
 
     def elite(self, pool: Pool, budget: Budget, scored: Callable[[], None]) -> list[FrozenTrial]:
-        """Return the candidates for the finals, the best first.
+        """Return the candidates for the finals, the best first; see `evolve.front.spread`.
 
         Raced candidates go through rounds, in which those who are left are asked more documents, as long
-        as the budget allows it. Who is left is said by smoothed estimates.
+        as the budget allows it. Who is left is said by smoothed estimates; of a front, members from all
+        over it.
         """
         ranked, race = self._study.ranked(), self.race
         if race is None or not ranked:
@@ -128,10 +129,10 @@ class Heats:
         known: dict[int, Outcomes] = {}  # of those who take part
         ratings = self._rated(race, ranked, values, points)
         for i, each in enumerate(race.rounds()):
-            order = ranking(*ratings)
             # A front's members are all as good; at most twice the round's places are theirs.
             n_on_front = min(len(front(*ratings)), 2 * each.n_candidates)
-            ranked = [ranked[j] for j in order[: max(each.n_candidates, n_on_front)]]
+            order = spread(*ratings, max(each.n_candidates, n_on_front))
+            ranked = [ranked[j] for j in order]
             known |= {t.number: self._told(t.number) for t in ranked if t.number not in known}
             jobs = self._round(i, each, ranked, known, budget)
             found = kept_outcomes(self._study, self._plan, pool, jobs, scored)
@@ -140,7 +141,7 @@ class Heats:
                     known[number] = joined(known[number], more["search"])
                     values[number] = values_of(known[number])
             ratings = self._rated(race, ranked, values, points)
-        return [ranked[j] for j in ranking(*ratings)]
+        return [ranked[j] for j in spread(*ratings, len(ranked))]
 
     def _rated(
         self,

@@ -16,7 +16,7 @@ from evolve.genome import GenomeSpace
 from evolve.known import known_recipes, own_recipes
 from evolve.memory import merged_bytes
 from evolve.objectives import Objectives, constraint_faults
-from evolve.racing import FINALISTS, Race
+from evolve.racing import Race
 from evolve.samplers.auto import resolve_sampler, sampler_faults
 from evolve.search_file import SearchFile
 from evolve.space import SearchSpace, Value
@@ -134,7 +134,7 @@ class Plan:
         if not self.needs_finals:
             return 0
         if race := self.race():
-            return race.n_of(FINALISTS)
+            return race.n_finalists
         share = math.ceil(_SHARE_OF_FINALISTS * self.search_file.search.n_iterations)
         return max(FEWEST_FINALISTS, share)
 

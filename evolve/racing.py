@@ -46,7 +46,8 @@ _PEERS = 2 * GENERATION
 # A candidate is dropped so many standard errors of the paired difference below the best.
 DROP_Z = 2.0
 # Rounds before the finals: share of all candidates that take part, share of the documents they are
-# asked; and the share of all candidates that is then scored on every document.
+# asked; and the share of all candidates that is then scored on every document. Of a front it is as
+# many as the last round has places for: what is left of it is shown by these alone.
 ROUNDS = ((1 / 4, 0.12), (1 / 12, 0.3))
 FINALISTS, FINALISTS_LEAST = 1 / 30, 3
 # `auto` races searches of at least so many candidates, where it saves most of the documents.
@@ -109,7 +110,7 @@ class Race:
         for part, asked in ROUNDS:  # a round asks its candidates what the round before did not
             share += self.n_of(part) / self._n_candidates * max(0.0, asked - before)
             before = max(before, asked)
-        return min(1.0, share + self.n_of(FINALISTS) / self._n_candidates)
+        return min(1.0, share + self.n_finalists / self._n_candidates)
 
     def is_worthwhile(self) -> bool:
         """Tell whether `racing: auto` should race."""
@@ -217,6 +218,11 @@ class Race:
             )
             for part, share in ROUNDS
         ]
+
+    @property
+    def n_finalists(self) -> int:
+        """How many candidates are scored on every document at the end."""
+        return self.n_of(ROUNDS[-1][0] if self._many else FINALISTS)
 
     def n_of(self, part: float) -> int:
         """Return how many candidates a share of all of them is."""

@@ -10,12 +10,14 @@ from hypothesis.extra.numpy import arrays
 
 from evolve.front import (
     N_FIRST,
+    front,
     hypervolume,
     hypervolume_over_time,
     knee,
     non_dominated,
     ranking,
     reference_point,
+    spread,
 )
 
 # Few values, so that points are often equal in an objective, or in all.
@@ -122,3 +124,27 @@ def test_of_equals_the_one_with_the_largest_weighted_sum_is_the_knee_then_the_fi
     values = np.array(front)
     assert knee(values, sums) == chosen
     assert ranking(values, [0.0] * len(front), sums)[0] == chosen
+
+
+def test_a_spread_begins_with_knee_and_extremes_and_goes_on_where_nothing_is() -> None:
+    angles = np.linspace(0, np.pi / 2, 21)
+    front = np.column_stack([np.cos(angles), 1000 * np.sin(angles)])  # it asks for no units
+    dominated, violating = [[0.1, 100.0], [0.2, 200.0]], [[2.0, 2000.0]]
+    values = np.array([*dominated, *front, *violating])
+    violations = [0.0] * 23 + [1.0]
+    chosen = [i - 2 for i in spread(values, violations, 9)]
+    assert chosen[:3] == [10, 0, 20]
+    assert max(np.diff(sorted(chosen))) <= 5
+    assert spread(values, violations, 24)[-3:] == [1, 0, 23]
+
+
+@given(SETS, st.data())
+def test_a_spread_is_of_all_the_front_first(values: np.ndarray, data: st.DataObject) -> None:
+    violations = data.draw(st.lists(st.sampled_from([0.0, 0.0, 1.0]), min_size=len(values)))
+    violations = violations[: len(values)]
+    order, ranked = spread(values, violations, len(values)), ranking(values, violations)
+    members = front(values, violations)
+    assert sorted(order) == sorted(ranked)
+    assert order[:1] == ranked[:1]
+    assert set(order[: len(members)]) == set(members)
+    assert spread(values, violations, 2) == order[:2]

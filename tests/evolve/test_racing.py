@@ -17,7 +17,7 @@ from evolve.errors import SearchFileError
 from evolve.evaluation import EvalOptions, evaluate_models
 from evolve.loop import StudyResult, run
 from evolve.plan import make_plan
-from evolve.racing import FINALISTS, GENERATION, Race, Values
+from evolve.racing import GENERATION, Race, Values
 from evolve.report import result_json
 from evolve.search_file import SearchFile
 from evolve.study import Study
@@ -310,7 +310,13 @@ def test_what_cannot_be_told_from_a_part_is_not_raced(task: dict[str, Any]) -> N
 
 
 def test_one_in_30_reaches_the_finals() -> None:
-    assert race(n_candidates=120).n_of(FINALISTS) == 4
+    assert race(n_candidates=120).n_finalists == 4
+
+
+def test_of_a_front_as_many_reach_the_finals_as_the_last_round_has_places() -> None:
+    over = race(n_candidates=120, has_many_objectives=True)
+    assert over.n_finalists == over.rounds()[-1].n_candidates == 10
+    assert race().share() < over.share() < race().share() + 0.06
 
 
 def test_a_block_may_have_no_value_of_a_task(tmp_path: Path) -> None:
