@@ -47,9 +47,11 @@ _PEERS = 2 * GENERATION
 DROP_Z = 2.0
 # Rounds before the finals: share of all candidates that take part, share of the documents they are
 # asked; and the share of all candidates that is then scored on every document. Of a front it is as
-# many as the last round has places for: what is left of it is shown by these alone.
+# many as the last round has places for, since what is left of it is shown by these alone; and enough
+# for the knee and the best of each of four objectives.
 ROUNDS = ((1 / 4, 0.12), (1 / 12, 0.3))
 FINALISTS, FINALISTS_LEAST = 1 / 30, 3
+_OF_A_FRONT_LEAST = 5
 # `auto` races searches of at least so many candidates, where it saves most of the documents.
 WORTHWHILE_FROM, WORTHWHILE_SHARE = 60, 0.3
 # How many candidates that found a document average its ease is shrunk by.
@@ -222,7 +224,9 @@ class Race:
     @property
     def n_finalists(self) -> int:
         """How many candidates are scored on every document at the end."""
-        return self.n_of(ROUNDS[-1][0] if self._many else FINALISTS)
+        if not self._many:
+            return self.n_of(FINALISTS)
+        return min(self._n_candidates, max(_OF_A_FRONT_LEAST, self.n_of(ROUNDS[-1][0])))
 
     def n_of(self, part: float) -> int:
         """Return how many candidates a share of all of them is."""

@@ -316,6 +316,7 @@ def test_one_in_30_reaches_the_finals() -> None:
 def test_of_a_front_as_many_reach_the_finals_as_the_last_round_has_places() -> None:
     over = race(n_candidates=120, has_many_objectives=True)
     assert over.n_finalists == over.rounds()[-1].n_candidates == 10
+    assert race(n_candidates=30, has_many_objectives=True).n_finalists == 5
     assert race().share() < over.share() < race().share() + 0.06
 
 
