@@ -69,6 +69,7 @@ def _text(study: Study, plan: Plan, trial: FrozenTrial, verdict: Verdict | None)
         study.note("notices") or plan.notices(),
         plan.metrics(),
         study.is_scored_as_adapter(trial),
+        study.standard_errors(trial),
     )
     return export_yaml(recipe, head)
 

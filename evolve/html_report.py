@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evolve.report import ESTIMATED, front_cells
 from evolve.space import SearchSpace
-from evolve.study import Study
+from evolve.study import Study, is_violating
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -99,13 +100,13 @@ def _scores(data: Mapping[str, Any]) -> str:
     for title, key in (
         ("On the holdout, with 95% intervals", "holdout"),
         ("On the search documents", "scores"),
+        ("On the tasks that are only reported, with 95% intervals", "report_only"),
     ):
-        tasks = list(dict.fromkeys(task for row in rows for task in row[key]))
+        having = [row for row in rows if row.get(key)]
+        tasks = list(dict.fromkeys(task for row in having for task in row[key]))
         if not tasks:
             continue
-        cells = [
-            [row["name"], *(_cell(row[key].get(task)) for task in tasks)] for row in rows if row[key]
-        ]
+        cells = [[row["name"], *(_cell(row[key].get(task)) for task in tasks)] for row in having]
         found += (
             f"<h2>{title}</h2>\n{_table(['model', *tasks], cells, is_best=lambda row: row[0] == name)}"
         )
@@ -123,6 +124,8 @@ def _over_time(study: Study, complete: Sequence[FrozenTrial]) -> str:
 
     told = sorted(complete, key=lambda trial: int(trial.user_attrs.get("told", trial.number)))
     objectives = np.array([float(trial.user_attrs["objective"]) for trial in told])
+    is_met = [not is_violating(trial.user_attrs.get("violations")) for trial in told]
+    best_so_far = np.fmax.accumulate(np.where(is_met, objectives, np.nan))
     places = np.array([int(trial.user_attrs.get("told", trial.number)) + 1 for trial in told])
     figure = go.Figure(
         [
@@ -135,7 +138,7 @@ def _over_time(study: Study, complete: Sequence[FrozenTrial]) -> str:
                 customdata=np.array([trial.number for trial in told]),
                 hovertemplate="trial %{customdata}<br>%{y:.4f}<extra></extra>",
             ),
-            go.Scattergl(x=places, y=np.maximum.accumulate(objectives), mode="lines", name="best so far"),
+            go.Scattergl(x=places, y=best_so_far, mode="lines", name="best so far"),
         ]
     )
     figure.update_layout(xaxis_title="candidates told", yaxis_title="objective")
@@ -168,12 +171,14 @@ def _front(data: Mapping[str, Any], complete: Sequence[FrozenTrial]) -> str:
                 marker={"size": 5, "opacity": 0.4},
             )
         )
-        on_front = [member for member in members if {first, second} <= member["scores"].keys()]
+        # Where the sampler followed a likelihood, members are among the others by that as well.
+        numbers_on_front = {member["number"] for member in members}
+        on_front = [trial for trial in complete if trial.number in numbers_on_front]
         figure.add_trace(
             go.Scattergl(
-                x=np.array([member["scores"][first] for member in on_front]),
-                y=np.array([member["scores"][second] for member in on_front]),
-                customdata=np.array([member["number"] for member in on_front]),
+                x=np.array([trial.user_attrs["scores"][first] for trial in on_front]),
+                y=np.array([trial.user_attrs["scores"][second] for trial in on_front]),
+                customdata=np.array([trial.number for trial in on_front]),
                 hovertemplate=hover,
                 mode="markers",
                 name="front",
@@ -191,12 +196,13 @@ def _front(data: Mapping[str, Any], complete: Sequence[FrozenTrial]) -> str:
     found += (
         f"<p>Hypervolume {volume['value']:.4f} above ({reference}).</p>\n{_chart(figure, 'hypervolume')}"
     )
-    rows = [
-        [str(member["number"]), *(_cell(score) for score in member["scores"].values())]
-        for member in members[:_MOST_MEMBERS]
-    ]
+    shown = members[:_MOST_MEMBERS]
+    tasks = list(dict.fromkeys(task for member in shown for task in member["scores"]))
+    rows = [[str(member["number"]), *front_cells(member, tasks)] for member in shown]
     more = f"<p>and {len(members) - len(rows):,} more</p>" if len(members) > len(rows) else ""
-    return found + (_table(["trial", *members[0]["scores"]], rows) + more if members else "")
+    if any(member["standard_errors"] for member in shown):
+        more += f"<p>{ESTIMATED}</p>"
+    return found + (_table(["trial", *tasks], rows) + more if members else "")
 
 
 def _variables(space: SearchSpace, complete: Sequence[FrozenTrial]) -> str:

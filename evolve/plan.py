@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from evolve.automatic import race_of, resolve_adapters, resolve_polish, resolve_racing, resolve_signal
@@ -247,20 +248,21 @@ def make_plan(
         faults += error.faults
     sets: list[TaskSet] = []
     why = ""
-    for make, specs in ((TaskSet, search_file.tasks), (report_set, search_file.report_only)):
-        if make is report_set and not specs:
+    loads_reported = partial(report_set, searched=search_file.tasks)
+    for load, specs in ((TaskSet, search_file.tasks), (loads_reported, search_file.report_only)):
+        if load is loads_reported and not specs:
             continue
         named = ", ".join(dict.fromkeys(task.name for task in specs))
         try:
             with data_sets_counted(under_way, f"loading tasks {named}"):
-                tasks = make(
+                tasks = load(
                     specs,
                     search_file.scoring,
                     search_file.search.seed,
                     allow_unsafe_code=allow_unsafe_code,
                 )
             sets.append(tasks)
-            if make is TaskSet:
+            if load is TaskSet:
                 search_file, why = _resolved(search_file, tasks, space, n_objectives)
         except SearchFileError as error:
             faults += error.faults

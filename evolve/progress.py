@@ -83,7 +83,8 @@ class ProgressLine:
         elif event == "final":
             self._show("scoring the best candidates by the tasks' own metrics", is_due=False)
         elif event == "baseline":
-            self._show("scoring baselines and winner on the holdout", is_due=not self._scores_baselines)
+            where = "on the holdout" if plan.search_file.scoring.holdout else "once more"
+            self._show(f"scoring baselines and winner {where}", is_due=not self._scores_baselines)
             self._scores_baselines = True
         elif event == "verdict" and self._status:
             self._status.stop()

@@ -39,6 +39,7 @@ def head_lines(
     notices: Sequence[str] = (),
     metrics: Mapping[str, str] | None = None,
     is_scored_as_adapter: bool = False,
+    standard_errors: Mapping[str, float] | None = None,
 ) -> Iterator[str]:
     """Write what is known of a trial's recipe, a line each.
 
@@ -50,11 +51,14 @@ def head_lines(
         notices: what readers of the model's card must know too.
         metrics: per task what its score is.
         is_scored_as_adapter: whether the search scores are an adapter's and not the merged weights'.
+        standard_errors: of search scores that are estimates; a model's card leaves those out.
     """
     yield f"study {study}, trial {trial}, seed {seed}"
     yield from (NOTICE + notice for notice in notices)
     for task, score in scores.items():
-        yield f"search  {task}: {score:.4f}"
+        error = (standard_errors or {}).get(task)
+        how = "" if error is None else f", estimated from a part of the documents (±{error:.4f})"
+        yield f"search  {task}: {score:.4f}{how}"
     if is_scored_as_adapter:
         yield "the search scores are those of the merge as an adapter of its base, unrounded"
     for constraint, violation in (violations or {}).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -51,7 +52,14 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             "recipe": recipe.as_config() if recipe else None,
             **_reported_json(verdict if is_current else None),
         },
-        "pareto": [{"number": t.number, "scores": study.scores(t)} for t in study.front()],
+        "pareto": [
+            {
+                "number": trial.number,
+                "scores": study.scores(trial),
+                "standard_errors": study.standard_errors(trial),
+            }
+            for trial in study.front()
+        ],
         "baselines": [
             {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
             | _reported_json(b)
@@ -145,8 +153,9 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         table.add_column(f"{task}, only reported", justify="right")
     rows = [*data["baselines"], {**best, "name": f"best (trial {best['number']})"}]
     for row in rows:
-        scores = {**(row["holdout"] or row["scores"]), **row.get("report_only", {})}
-        cells = (_cell(scores[task]) if task in scores else "" for task in (*tasks, *reported))
+        scores, others = row["holdout" if best["holdout"] else "scores"], row.get("report_only", {})
+        cells = [_cell(scores[task]) if task in scores else "" for task in tasks]
+        cells += [_cell(others[task]) if task in others else "" for task in reported]
         table.add_row(row["name"], *cells)
     console.print(table)
     if data["hypervolume"]:
@@ -190,13 +199,17 @@ def _print_front(console: Console, data: dict[str, Any]) -> None:
     if members:
         table = Table()
         table.add_column("trial")
-        for task in members[0]["scores"]:
+        # Where finals are yet to come, others are known by another signal than those of earlier ones.
+        tasks = list(dict.fromkeys(task for member in members for task in member["scores"]))
+        for task in tasks:
             table.add_column(task, justify="right")
         for member in members:
             is_best = member["number"] == data["best"]["number"]
             name = f"{member['number']}{' (knee, best.yml)' if is_best else ''}"
-            table.add_row(name, *(_cell(score) for score in member["scores"].values()))
+            table.add_row(name, *front_cells(member, tasks))
         console.print(table)
+        if any(member["standard_errors"] for member in members):
+            console.print(ESTIMATED, soft_wrap=True)
     volume = data["hypervolume"]
     so_far = volume["over_time"]
     at = sorted({max(1, round(len(so_far) * share)) for share in (0.25, 0.5, 0.75, 1)})
@@ -206,6 +219,22 @@ def _print_front(console: Console, data: dict[str, Any]) -> None:
         + ", ".join(f"{so_far[n - 1]:.4f} after {n}" for n in at),
         soft_wrap=True,
     )
+
+
+ESTIMATED = "~ estimated from a part of the documents, with its standard error"
+
+
+def front_cells(member: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    """Spell what a member of the front scored on each task; nothing where it has no such score."""
+    scores, errors = member["scores"], member["standard_errors"]
+    return [
+        f"~{scores[task]:.3f} (±{errors[task]:.3f})"
+        if task in errors
+        else f"{scores[task]:.3f}"
+        if task in scores
+        else ""
+        for task in tasks
+    ]
 
 
 def _noise_line(noise: dict[str, Any]) -> str:

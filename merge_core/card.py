@@ -67,6 +67,8 @@ class Evaluation:
     def section(self) -> str:
         """Return it as the card's section."""
         tasks = list(next(iter(self.rows.values())))
+        if not tasks:
+            return f"{self.origin} Its scores were estimated from a part of the documents."
         lines = [f"{self.origin} Scores on the {self.split} documents, with 95% intervals:", ""]
         if self.split == "search":
             lines[0] = f"{self.origin} Scores on the very documents that it was chosen by:"
@@ -84,7 +86,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def index(self, name: str) -> list[dict[str, Any]]:
-        """Return it as the Hub's `model-index`: this model's scores, machine-readable."""
+        """Return it as the Hub's `model-index`: this model's scores, machine-readable, if any."""
         results = [
             {
                 "task": {"type": "text-generation"},
@@ -93,7 +95,7 @@ class Evaluation:
             }
             for task, score in next(iter(self.rows.values())).items()
         ]
-        return [{"name": name, "results": results}]
+        return [{"name": name, "results": results}] if results else []
 
 
 def model_card(
@@ -126,7 +128,7 @@ def model_card(
         "library_name": "transformers",
         "tags": ["mergekit", "merge", *(["moe"] if _mixtures(recipe) else [])],
         **_merged_license(stated),
-        **({"model-index": evaluation.index(title)} if evaluation else {}),
+        **({"model-index": index} if evaluation and (index := evaluation.index(title)) else {}),
     }
     fence = "```" if "```" not in recipe_text else "~~~~~~"
     sections = [

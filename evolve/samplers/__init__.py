@@ -26,6 +26,11 @@ class Proposal:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+INSTEAD = "instead_of"
+"""The attribute under which a candidate keeps those of the proposal that it stands for, which was turned
+down: whoever resumes the search knows from there what the sampler had begun with."""
+
+
 class Sampler(Protocol):
     """Proposes candidates; `Proposer` sees to it that none is proposed twice."""
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
-from evolve.samplers import Proposal, derived_rng
+from evolve.samplers import INSTEAD, Proposal, derived_rng
 from evolve.samplers.cma_continuous import Continuous
 from evolve.samplers.cma_mixed import Mixed
 from evolve.space import SearchSpace, Value
@@ -169,7 +169,7 @@ class _Record:
     """What the sampler's own trials say; each trial is read once when it is there, once when told.
 
     Attributes:
-        first: the record of the first of them.
+        first: the record of the first of them, or of what was turned down before.
         draws: of every candidate, see `_draw`, by (run, generation) it was drawn in.
         told: the trials told, in that order, by the run they were drawn in.
     """
@@ -184,8 +184,9 @@ class _Record:
     def read(self, trials: Sequence[FrozenTrial]) -> None:
         """Take up what is new since the last call."""
         for place in range(self._n_read, len(trials)):
-            if record := trials[place].user_attrs.get("cma"):
-                self.first = self.first or record
+            attributes = trials[place].user_attrs
+            self.first = self.first or attributes.get("cma") or attributes.get(INSTEAD, {}).get("cma")
+            if record := attributes.get("cma"):
                 draw = _draw(record["index"], record["attempt"], trials[place].number)
                 self.draws[record["run"], record["generation"]].append(draw)
                 self._running.append(place)

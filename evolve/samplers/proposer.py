@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from evolve.samplers import Proposal, Sampler, derived_rng
+from evolve.samplers import INSTEAD, Proposal, Sampler, derived_rng
 from evolve.space import SearchSpace, Value
 from merge_core.errors import RecipeError
 
@@ -90,12 +90,14 @@ class Proposer:
             first = first or proposal
             yield replace(proposal, values=self._space.active(proposal.values))
         assert first is not None
+        # What was turned down tells, too, what the sampler began with.
+        instead = {INSTEAD: dict(first.attributes)} if first.attributes else {}
         for values in self._near(first.values, number):
-            yield Proposal(self._space.active(values))
+            yield Proposal(self._space.active(values), instead)
         if self._is_countable:
             names = [variable.name for variable in self._space.variables]
             for point in product(*(variable.all_values() for variable in self._space.variables)):
-                yield Proposal(self._space.active(dict(zip(names, point, strict=True))))
+                yield Proposal(self._space.active(dict(zip(names, point, strict=True))), instead)
 
     def _near(self, values: Mapping[str, Value], number: int) -> Iterator[dict[str, Value]]:
         """Yield points in which few variables are drawn anew, then more."""
@@ -120,7 +122,7 @@ class Proposer:
         return tuple(
             None
             if v.name not in values
-            else round(v.to_unit(values[v.name]), 9)
+            else round((float(values[v.name]) - v.low) / v.step)  # type: ignore[arg-type]
             if v.step is not None
             else values[v.name]
             if v.choices is None

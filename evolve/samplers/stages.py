@@ -14,7 +14,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from evolve.front import ranking
-from evolve.samplers import Proposal, Sampler, derived_rng, make_sampler
+from evolve.samplers import INSTEAD, Proposal, Sampler, derived_rng, make_sampler
 from evolve.search_file import SearchSettings
 from evolve.smoothing import MOST_SMOOTHED, coordinates, smoothed
 from evolve.space import SearchSpace, Value, Variable
@@ -127,7 +127,7 @@ class BasisShift:
         """Propose trial `number`, see Sampler."""
         own = [t for t in trials if t.user_attrs.get("shift", {}).get("round") == self._round]
         if self._sampler is None:
-            self._elites = own[0].user_attrs["shift"]["elites"] if own else _best(trials)[:N_ELITES]
+            self._elites = self._recorded_elites(trials) or _best(trials)[:N_ELITES]
             self._sampler = self._build(_Span(len(self._elites) - 1), self._seed)
         inner = self._sampler.propose(number, [self._in_span(trial) for trial in own], attempt)
         if inner is None:
@@ -144,6 +144,16 @@ class BasisShift:
         record = {"round": self._round, "elites": self._elites, "u": u, "inner": dict(inner.attributes)}
         best = trials[self._elites[0]].params
         return Proposal(_values(self._space, np.clip(point, 0, 1), best), {"shift": record})
+
+    def _recorded_elites(self, trials: Sequence[FrozenTrial]) -> list[int]:
+        """Return the elites that the round began with; none where it begins now."""
+        for trial in trials:
+            for attributes in (trial.user_attrs, trial.user_attrs.get(INSTEAD, {})):
+                shift = attributes.get("shift", {})
+                if shift.get("round") == self._round:
+                    elites: list[int] = shift["elites"]
+                    return elites
+        return []
 
     def _in_span(self, trial: FrozenTrial) -> FrozenTrial:
         """Return a trial as the round's own sampler proposed it."""

@@ -33,7 +33,8 @@ def variable_of(
         return None, faults
     if "choices" in node:
         choices = tuple(node["choices"])
-        start = node.get("start", choices[0])
+        # The choice itself: a start may be written 1 where the choice is 1.0.
+        start = choices[choices.index(node["start"])] if "start" in node else choices[0]
         return Variable(name, choices=choices, start=start, condition=condition), []
     low, high, step = float(node["low"]), float(node["high"]), node.get("step")
     variable = Variable(name, low, high, None, node.get("log", False), step, None, condition)
@@ -110,6 +111,9 @@ def _choices_faults(node: Mapping[str, Any], name: str) -> list[str]:
     # As recipes compare them: 1, 1.0 and true are one value.
     if not isinstance(choices, list) or len(choices) < 2 or len(set(choices)) < len(choices):
         return [f"{name}.choices is {shown(choices)}; it must be a list of at least two different values"]
-    if "start" in node and node["start"] not in choices:
+    alike = [
+        choice for choice in choices if isinstance(choice, bool) == isinstance(node.get("start"), bool)
+    ]
+    if "start" in node and node["start"] not in alike:
         return [f"{name}.start is {shown(node['start'])}; it must be one of the choices {shown(choices)}"]
     return []

@@ -303,6 +303,13 @@ class Study(Record):
         scores: dict[str, float] = finalist.scores if finalist else trial.user_attrs["scores"]
         return scores
 
+    def standard_errors(self, trial: FrozenTrial) -> dict[str, float]:
+        """By key the standard errors of the scores in `scores` that are estimates; none of the others."""
+        if trial.number in self.finalists():
+            return {}
+        errors: dict[str, float] = trial.user_attrs.get("standard_errors", {})
+        return errors
+
     def objective(self, trial: FrozenTrial) -> float:
         """A completed trial's objective, by the same scores as `scores`."""
         finalist = self.finalists().get(trial.number)

@@ -32,6 +32,7 @@ class TaskSet:
         seed: draws the documents; few-shot examples keep lm-eval's own seed.
         allow_unsafe_code: allow tasks that execute what a model wrote.
         section: how faults name the entries.
+        beside: entries of other sections, from which these are told apart by their keys.
 
     Attributes:
         tasks: one ScoredTask an entry, in order.
@@ -52,6 +53,7 @@ class TaskSet:
         *,
         allow_unsafe_code: bool = False,
         section: str = "tasks",
+        beside: Sequence[TaskSpec] = (),
     ) -> None:
         if not specs:
             raise SearchFileError(f"{section}: no task is named; list at least one, or give --task NAME")
@@ -100,7 +102,8 @@ class TaskSet:
                     faults += error.faults
         for i, task in found.items():
             faults += _against_direction(entries[i], specs[i], task)
-        self.tasks = [replace(task, key=_key(specs[i], task, specs)) for i, task in sorted(found.items())]
+        every = [*specs, *beside]
+        self.tasks = [replace(task, key=_key(specs[i], task, every)) for i, task in sorted(found.items())]
         self.notes = _kept_without_examples(loaded, scoring)
         if scoring.draw != "seeded":
             # The search documents come first, and may leave none.
@@ -244,16 +247,31 @@ class TaskSet:
 
 
 def report_set(
-    specs: Sequence[TaskSpec], scoring: ScoringSettings, seed: int, *, allow_unsafe_code: bool = False
+    specs: Sequence[TaskSpec],
+    scoring: ScoringSettings,
+    seed: int,
+    *,
+    searched: Sequence[TaskSpec],
+    allow_unsafe_code: bool = False,
 ) -> TaskSet:
     """Load the tasks of `report_only:`. No candidate is chosen by them, so none of their documents are
     held out: all that are drawn are their `search` documents.
+
+    Args:
+        searched: the entries of `tasks:`, from which these are told apart by their keys.
 
     Raises:
         SearchFileError, HubUnreachableError: as TaskSet.
     """
     scoring = scoring.model_copy(update={"holdout": 0.0})
-    return TaskSet(specs, scoring, seed, allow_unsafe_code=allow_unsafe_code, section="report_only")
+    return TaskSet(
+        specs,
+        scoring,
+        seed,
+        allow_unsafe_code=allow_unsafe_code,
+        section="report_only",
+        beside=searched,
+    )
 
 
 def _key(spec: TaskSpec, task: ScoredTask, specs: Sequence[TaskSpec]) -> str:

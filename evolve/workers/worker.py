@@ -190,7 +190,11 @@ class Worker:
             return self.tasks
         setup = self.setup
         self._reported = self._reported or report_set(
-            setup.report_only, setup.scoring, setup.seed, allow_unsafe_code=setup.allow_unsafe_code
+            setup.report_only,
+            setup.scoring,
+            setup.seed,
+            searched=setup.tasks,
+            allow_unsafe_code=setup.allow_unsafe_code,
         )
         return self._reported
 

@@ -8,7 +8,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from evolve.samplers import Proposal, make_sampler
+from evolve.samplers import Proposal, Sampler, make_sampler
 from evolve.samplers.proposer import Proposer
 from evolve.space import SearchSpace, Space, Value
 
@@ -34,7 +34,7 @@ def search(
     space: SearchSpace,
     f: Callable[[Values], Told],
     n: int,
-    sampler: str = "cma",
+    sampler: str | Callable[[], Sampler] = "cma",
     seed: int = 0,
     *,
     known: Mapping[str, Values] | None = None,
@@ -47,6 +47,7 @@ def search(
     """Run a search of n candidates; fewer where the space has no more.
 
     Args:
+        sampler: its name, or what builds it.
         f: gives what is maximised, several values or one; None is a failure.
         renew: after so many candidates the sampler is built anew, as a resume does.
         pending: so many candidates are always under way, and the second oldest is told first.
@@ -69,7 +70,10 @@ def search(
 
     for number in range(n):
         if proposer is None or (renew and number % renew == 0):
-            made = make_sampler(sampler, space, seed, n_objectives, **options)  # type: ignore[arg-type]
+            if isinstance(sampler, str):
+                made = make_sampler(sampler, space, seed, n_objectives, **options)  # type: ignore[arg-type]
+            else:
+                made = sampler()
             proposer = Proposer(space, made, known or {}, seed)
         proposal = proposer.propose(number, trials)
         if proposal is None:

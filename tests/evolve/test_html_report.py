@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from evolve.html_report import html_report
-from evolve.report import study_json
+from evolve.html_report import _over_time, html_report
+from evolve.report import front_cells, study_json
 from evolve.study import Study
 
 from .recorded import recorded
@@ -77,6 +81,35 @@ def test_a_report_says_what_there_is(tmp_path: Path, n_values: int) -> None:
     assert ("Pareto front" in parsed.text) is (n_values > 1)
     ids = [value for _, attrs in parsed.tags for key, value in attrs if key == "id"]
     assert set(ids) == {"over-time", "variables", *(["front", "hypervolume"] if n_values > 1 else [])}
+
+
+def test_the_best_so_far_meets_the_constraints(tmp_path: Path) -> None:
+    study = recorded(tmp_path / "s", "a_task", "it broke")
+    trials = [trial for trial in study.trials() if trial.value is not None]
+    best = max(trial.value for trial in trials if trial.number != 2)
+    trials[2].user_attrs["objective"] = 100.0  # the one that violates it
+    (line,) = re.findall(r'"name":"best so far",.*?"y":(\{.*?\}|\[.*?\])', _over_time(study, trials))
+    values = json.loads(line)
+    if isinstance(values, dict):  # Plotly packs numbers
+        values = np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"])
+    assert max(values) == best
+
+
+def test_a_front_of_several_signals_has_a_column_for_each() -> None:
+    exact = {"number": 1, "scores": {"a": 0.5, "b": 0.25}, "standard_errors": {}}
+    raced = {"number": 2, "scores": {"a:likelihood": 0.1, "b": 1.04}, "standard_errors": {"b": 0.125}}
+    tasks = ["a", "b", "a:likelihood"]
+    assert front_cells(exact, tasks) == ["0.500", "0.250", ""]
+    assert front_cells(raced, tasks) == ["", "~1.040 (±0.125)", "0.100"]
+
+
+def test_what_is_only_reported_has_a_table(tmp_path: Path) -> None:
+    study, _ = reported(tmp_path / "s", "a_task", "it broke")
+    data = study_json(study, None, None)
+    data["best"]["report_only"] = {"elsewhere": {"value": 0.5, "low": 0.25, "high": 0.75}}
+    page = html_report(study, study.search_file().space(lambda model: 2), data)
+    assert "On the tasks that are only reported" in page
+    assert "0.500 [0.250, 0.750]" in page
 
 
 def test_a_report_needs_no_other_file(tmp_path: Path) -> None:

@@ -276,6 +276,38 @@ def test_whole_numbers_are_tried_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {type(value) for value in space.values(Recipe.load(own_file)).values()} == {float}
 
 
+@pytest.mark.parametrize(("choices", "start"), [([0.5, 1], 1.0), ([0.5, 1.0], 1), ([1, 0], 0.0)])
+def test_a_start_is_the_choice_however_it_is_written(choices: list[float], start: float) -> None:
+    models = [{"model": f"m{i}", "parameters": {"weight": {"low": 0, "high": 1}}} for i in range(2)]
+    models[0]["parameters"]["weight"] = {"choices": choices, "start": start}  # type: ignore[index]
+    over = Space({"merge_method": "task_arithmetic", "base_model": "base", "models": models})
+    found = known_recipes(over, {}, n_layers)
+    trials = search(over, lambda values: 0.0, 12, "tpe", known=found)
+    assert [trial.user_attrs.get("known") for trial in trials].count("starts") == 1
+    assert len({tuple(trial.params.values()) for trial in trials}) == 12
+
+
+def test_a_start_that_is_true_is_no_choice_of_1() -> None:
+    models = [{"model": "m", "parameters": {"weight": {"choices": [0, 1], "start": True}}}]
+    with pytest.raises(SearchFileError, match=r"weight\.start is True; it must be one of the choices"):
+        Space({"merge_method": "task_arithmetic", "base_model": "base", "models": models})
+
+
+def test_seeds_of_a_wide_range_are_told_apart() -> None:
+    over = Space(
+        {
+            "merge_method": "dare_linear",
+            "base_model": "base",
+            "models": [{"model": "m", "parameters": {"weight": 1.0, "density": 0.5}}],
+            "random_seed": {"low": 0, "high": 2**32 - 1, "step": 1},
+        }
+    )
+    (name,) = (v.name for v in over.variables)
+    known: dict[str, dict[str, Value]] = {str(i): {name: i} for i in (1, 2)}
+    trials = search(over, lambda values: 0.0, 3, "random", known=known)
+    assert [trial.params[name] for trial in trials[:2]] == [1, 2]
+
+
 def test_cma_begins_at_the_best_known_recipe() -> None:
     space = weights(3)
     found: dict[str, Values] = {

@@ -18,7 +18,7 @@ from evolve.intervals import gain_interval, score_interval
 from evolve.plan import make_plan
 from evolve.search_file import ScoringSettings, SearchFile, TaskSpec
 from evolve.study import load_outcomes, save_outcomes
-from evolve.tasks import AnsweredDocument, Outcomes, RequestBank, TaskSet, evaluate
+from evolve.tasks import AnsweredDocument, Outcomes, RequestBank, TaskSet, evaluate, report_set
 from evolve.tasks.divergence import coarse_divergence
 from evolve.tasks.text import read_documents
 
@@ -160,7 +160,20 @@ def test_entries_of_one_name_are_told_apart() -> None:
         "kl_divergence:b",
     ]
     assert tasks.n_documents == 20  # one text, drawn once
+
     assert tasks.references() == ["a", "b"]
+
+
+def test_a_reported_entry_is_told_apart_from_a_searched_one_of_its_name(tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("One.\n\nTwo.\n")
+    reported = report_set(
+        [TaskSpec(name="perplexity", text=str(other))],
+        ScoringSettings(),
+        0,
+        searched=[TaskSpec(name="perplexity", text=TEXT)],
+    )
+    assert [task.key for task in reported.tasks] == [f"perplexity:byte_perplexity,none:{other}"]
 
 
 # ---- tokens and seconds ---------------------------------------------------------------------------

@@ -65,6 +65,15 @@ def test_without_a_verdict_the_scores_are_those_it_was_chosen_by(recipe: Recipe)
     assert "the very documents that it was chosen by" in found.section()
 
 
+def test_estimates_are_called_so_and_are_no_scores_of_the_card(recipe: Recipe) -> None:
+    head = list(head_lines(recipe, "s", 7, 3, SCORES, standard_errors=dict.fromkeys(SCORES, 0.125)))
+    assert f"search  sums: {SCORES['sums']:.4f}, estimated from a part of the documents (±0.1250)" in head
+    found, _ = read_evaluation(export_yaml(recipe, iter(head)), recipe)
+    assert found is not None
+    assert found.index("name") == []
+    assert found.section().endswith(" Its scores were estimated from a part of the documents.")
+
+
 def test_scores_of_another_recipe_are_not_believed(recipe: Recipe) -> None:
     text = text_of(recipe, judged())
     changed = Recipe.parse({**recipe.as_config(), "random_seed": 1})

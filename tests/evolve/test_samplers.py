@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from evolve.samplers import derived_rng, make_sampler
+from evolve.samplers import Sampler, derived_rng, make_sampler
 from evolve.samplers.auto import resolve_sampler, sampler_faults
 from evolve.samplers.cma import losses
+from evolve.samplers.stages import sampler_of
 from evolve.search_file import SearchSettings
 from evolve.space import Space
 
@@ -254,6 +255,24 @@ def test_cma_goes_on_after_its_draws_were_turned_down() -> None:
     own = [trial.number for trial in trials if "cma" in trial.user_attrs]
     first_lost = next(number for number in range(own[0], 120) if number not in own)
     assert sum(number > first_lost for number in own) > (120 - first_lost) / 3
+
+
+@pytest.mark.parametrize("name", ["random", "cma", "nsga2"])
+def test_rounds_over_choices_are_the_same_when_resumed(name: str) -> None:
+    """Most proposals are earlier candidates there; none of a round's own may say how it began."""
+    settings = SearchSettings(sampler=name, rounds=3, polish=0, n_iterations=40)  # type: ignore[arg-type]
+    over = weights_of_choices(4)
+
+    def build() -> Sampler:
+        return sampler_of(settings, over, 1)
+
+    undisturbed = params(search(over, uneven, 40, build))
+    assert params(search(over, uneven, 40, build, renew=1)) == undisturbed
+
+
+def uneven(values: Values) -> float:
+    """No two candidates are worth the same, and none leads to another."""
+    return float(np.sin(1000 * sum((i + 1) ** 0.5 * x for i, x in enumerate(numbers(values)))))
 
 
 def test_cma_begins_at_the_start_of_a_long_list_of_choices() -> None:

@@ -245,6 +245,20 @@ def test_reported_tasks_are_scored_for_winner_and_baselines_only(
     assert study.note("documents")["qs_reverse"] == "10 reported, drawn by seed 0 from test"
 
 
+def test_the_table_has_one_split_for_all(
+    finished: StudyResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Baselines keep what they have on the holdout when the search goes on."""
+    data = result_json(finished)
+    data["best"]["holdout"] = {}
+    for row in (data["best"], *data["baselines"]):
+        row.pop("report_only")
+    print_result(data, "s")
+    table, _, _ = capsys.readouterr().out.partition("8 candidates (")
+    assert "scores on search documents" in table
+    assert "[" not in table  # intervals are of the holdout
+
+
 def test_a_task_cannot_be_searched_on_and_only_reported() -> None:
     with pytest.raises(SearchFileError, match=r"report_only\[0\].name is 'qs_sort', which stands under"):
         small(2, report_only=["qs_sort"])

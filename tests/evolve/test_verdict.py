@@ -224,7 +224,7 @@ def test_a_loss_on_one_task_is_said_beside_a_gain_in_the_sum(tasks: TaskSet) -> 
 
 def test_tasks_that_are_only_reported_say_what_was_lost_elsewhere(tasks: TaskSet) -> None:
     scoring = ScoringSettings(task_paths=[str(ROOT / "tasks")])
-    reported = report_set([TaskSpec(name="qs_reverse")], scoring, 0)
+    reported = report_set([TaskSpec(name="qs_reverse")], scoring, 0, searched=[])
 
     def reverse(share: float) -> dict[str, list[Outcome]]:
         return {"qs_reverse": [Outcome("qs_reverse", i, float(i < share * 100)) for i in range(100)]}
