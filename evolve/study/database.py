@@ -139,7 +139,8 @@ def parsed(folder: Path, url: str | None) -> URL:
         SearchFileError: it is none.
     """
     if url is None:
-        return make_url(f"sqlite:///{folder.resolve() / 'study.db'}")
+        # Not from text, in which "?" begins a query and "%41" is a letter.
+        return URL.create("sqlite", database=str(folder.resolve() / "study.db"))
     try:
         made = make_url(url)
         if made.drivername in ("postgres", "postgresql"):

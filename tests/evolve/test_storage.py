@@ -121,6 +121,16 @@ def test_what_optuna_writes_is_read_here(database: Database) -> None:
     assert database.opened().trials() == study.get_trials()
 
 
+@pytest.mark.parametrize("name", ["a?b", "50%25off", "{x}"])
+def test_a_folder_may_have_a_name_that_a_url_would_read_otherwise(name: str, tmp_path: Path) -> None:
+    database = Database(tmp_path / name, None)
+    database.folder.mkdir()
+    _, trials = written(database)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (database.folder / "study.db").is_file()
+    assert database.opened().trials() == database.made().trials() == trials
+
+
 def test_a_second_writer_is_noticed_and_leaves_no_trial(database: Database) -> None:
     storage, _ = written(database)
     other = database.made()
