@@ -93,9 +93,10 @@ class Study(Record):
                 study._share(artifacts.resolve())
             (folder / "outcomes").mkdir(exist_ok=True)
             shown = storage.url if url else None
-            write_text(folder / "study.json", json.dumps({"study": name, "storage": shown}) + "\n")
             write_text(folder / "search.yml", search_file.to_yaml())
             study.keep_note("search_file", search_file.as_dict())
+            # Last: where it stands the folder holds a study, which is resumed by what is written above.
+            write_text(folder / "study.json", json.dumps({"study": name, "storage": shown}) + "\n")
             yield study
 
     @staticmethod

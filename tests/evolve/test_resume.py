@@ -16,6 +16,7 @@ from evolve.loop import run
 from evolve.search_file import SearchFile
 from evolve.session import Place, check, settled_plan
 from evolve.study import Study
+from merge_core.checkpoint.write import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = """
@@ -64,6 +65,23 @@ def test_a_record_whose_name_is_lost_is_not_begun_anew() -> None:
     with pytest.raises(ResumeRefusedError, match=r"other holds the search 's' and no study\.json"):
         run(searched(), folder="other")
     assert (Path("other") / "study.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["search.yml", "study.json"])
+def test_a_search_that_was_killed_while_it_was_made_goes_on(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, text: str) -> None:
+        if path.name == name:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("evolve.study.study.write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(searched(), folder="s")
+    assert not run(searched(), folder="s").was_complete
+    assert len(Study.open(Path("s")).trials()) == 2
 
 
 def test_a_record_without_its_search_file_is_read() -> None:
