@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from evolve.errors import SearchFileError
-from evolve.space.ranges import is_range, variable_of
+from evolve.space.ranges import is_number, is_range, variable_of
 from evolve.space.search_space import SearchSpace
 from evolve.space.tree import differences
 from evolve.space.variable import Clause, Value, Variable
-from merge_core.errors import RecipeError, schema_faults
+from merge_core.errors import RecipeError, schema_faults, shown
 from merge_core.recipe import Recipe, reference_text
 
 # How many of the switches a sampler's first draws are to turn.
@@ -108,7 +108,7 @@ class LayerPathSpace(SearchSpace):
                 Variable(slot.switch, choices=(False, True), start=is_on, steadiness=steadiness)
             )
             if self._section.scale is not None:
-                self._scales[slot.switch] = self._scale(slot)
+                self._scales[slot.switch] = _scale(self._section.scale, slot)
                 self.variables.append(self._scales[slot.switch])
         try:
             self.recipe(self.starts())
@@ -132,16 +132,6 @@ class LayerPathSpace(SearchSpace):
         for r in range(self._section.repeats):
             for k, layer in places:
                 yield _Slot(f"layer_path[{r}].models[{k}].layers[{layer}]", models[k], layer)
-
-    def _scale(self, slot: _Slot) -> Variable:
-        name, condition = f"{slot.switch}.scale", (Clause(((slot.switch, (True,)),)),)
-        variable, faults = variable_of(self._section.scale or {}, name, condition)
-        if variable is None:
-            raise SearchFileError(faults)
-        # A layer as it is, where that lies in the range.
-        if "start" not in (self._section.scale or {}) and variable.admitted(1.0)[1] is None:
-            variable = replace(variable, start=variable.admitted(1.0)[0])
-        return variable
 
     # ---- values and recipes -------------------------------------------------------------------
 
@@ -304,6 +294,29 @@ class LayerPathSpace(SearchSpace):
         return scale  # type: ignore[return-value]  # what is no number is told by the variable
 
 
+def _scale(written: Mapping[str, Any], slot: _Slot) -> Variable:
+    condition = (Clause(((slot.switch, (True,)),)),)
+    variable, _ = variable_of(written, f"{slot.switch}.scale", condition)
+    assert variable is not None, "the range was checked"
+    # A layer as it is, where that lies in the range.
+    if "start" not in written and variable.admitted(1.0)[1] is None:
+        variable = replace(variable, start=variable.admitted(1.0)[0])
+    return variable
+
+
+def _scale_faults(written: Mapping[str, Any]) -> list[str]:
+    """List what is wrong with the range of the scales."""
+    where = "layer_path.scale"
+    _, faults = variable_of(written, where, ())
+    if faults:
+        return faults
+    if not all(map(is_number, written.get("choices", ()))):
+        return [f"{where}.choices is {shown(written['choices'])}; each choice must be a finite number"]
+    if written.get("points") is not None:
+        return [f"{where}.points is {written['points']}; every layer has one scale anyway, remove points"]
+    return []
+
+
 def _checked(template: Mapping[str, Any]) -> LayerPath:
     """Check the section, and what stands beside it."""
     faults = [
@@ -329,6 +342,7 @@ def _checked(template: Mapping[str, Any]) -> LayerPath:
         ) from None
     twice = {model for model in section.models if section.models.count(model) > 1}
     faults += [f"layer_path.models lists {model!r} twice; use repeats" for model in twice]
+    faults += _scale_faults(section.scale) if section.scale is not None else []
     if faults:
         raise SearchFileError(faults)
     return section

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from evolve.space.variable import Condition, Variable
 from merge_core.errors import nearest, shown
@@ -69,7 +69,7 @@ def _faults(node: Mapping[str, Any], name: str) -> list[str]:
         if key not in node:
             if key in ("low", "high"):
                 faults.append(f"{name}.{key} is missing; a range needs low and high, add it")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+        elif not is_number(value):
             faults.append(f"{name}.{key} is {shown(value)}; it must be a finite number")
         else:
             numbers[key] = value
@@ -95,6 +95,11 @@ def _faults(node: Mapping[str, Any], name: str) -> list[str]:
     if "step" in numbers and (numbers["step"] <= 0 or node.get("log")):
         faults.append(f"{name}.step is {numbers['step']}; it must be above 0, and goes without log")
     return faults
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Tell whether a value is a finite number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
 
 
 def _is_finite(value: float) -> bool:
