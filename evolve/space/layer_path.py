@@ -100,10 +100,10 @@ class LayerPathSpace(SearchSpace):
         counts = {model: n_layers(model) for model in self._section.models}
         self._slots = list(self._row(counts))
         self._scales: dict[str, Variable] = {}
-        first = self._section.models[0]
+        first = self._start()
         steadiness = 1 - min(0.5, _FIRST_TURNS / len(self._slots))
-        for i, slot in enumerate(self._slots):
-            is_on = slot.model == first and i < len(self._slots) // self._section.repeats
+        for slot in self._slots:
+            is_on = slot in first
             self.variables.append(
                 Variable(slot.switch, choices=(False, True), start=is_on, steadiness=steadiness)
             )
@@ -132,6 +132,23 @@ class LayerPathSpace(SearchSpace):
         for r in range(self._section.repeats):
             for k, layer in places:
                 yield _Slot(f"layer_path[{r}].models[{k}].layers[{layer}]", models[k], layer)
+
+    def _start(self) -> list[_Slot]:
+        """Return the places of the first model; its last off, or others on, as length asks."""
+        once = self._slots[: len(self._slots) // self._section.repeats]
+        start = [slot for slot in once if slot.model == self._section.models[0]]
+        if (length := self._section.length) is None:
+            return start
+        size = self._section.group
+        fewest, most = -(-length.low // size), min(length.high // size, len(self._slots))
+        if fewest > most:
+            raise SearchFileError(
+                f"layer_path.length admits {length.low} to {length.high} layers; a path of this row has "
+                f"a multiple of layer_path.group ({size}), up to {len(self._slots) * size}; change "
+                f"length, group or repeats"
+            )
+        others = [slot for slot in self._slots if slot not in start]
+        return start[:most] + others[: max(0, fewest - len(start))]
 
     # ---- values and recipes -------------------------------------------------------------------
 
@@ -174,7 +191,11 @@ class LayerPathSpace(SearchSpace):
                 found[variable.name], fault = variable.admitted(scale)
                 if fault:
                     raise SearchFileError(fault)
-        made, given = (r.as_config() | {"slices": None} for r in (self.recipe(found), recipe))
+        try:
+            again = self.recipe(found)
+        except RecipeError as error:  # too short or too long
+            raise SearchFileError(error.faults) from None
+        made, given = (r.as_config() | {"slices": None} for r in (again, recipe))
         if faults := list(differences(made, given)):
             raise SearchFileError(faults)
         return {v.name: found[v.name] for v in self.variables if v.name in found}

@@ -83,6 +83,23 @@ def test_the_start_is_the_first_model_and_the_row_is_in_order() -> None:
     assert row == [(model, i) for i in range(4) for model in "ab"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "row"),
+    [
+        (1, 1, [("a", 0)]),
+        (2, 5, [("a", i) for i in range(4)]),
+        (6, 7, [*(("a", i) for i in range(4)), ("b", 0), ("b", 1)]),
+    ],
+)
+def test_the_start_is_cut_or_goes_on_where_the_length_asks_it(
+    low: int, high: int, row: list[tuple[str, int]]
+) -> None:
+    over = space(length={"low": low, "high": high})
+    assert path(over.recipe(over.starts())) == row
+    is_whole = row == [("a", i) for i in range(4)]
+    assert ("a alone" in known_recipes(over, {}, LAYERS.__getitem__)) is is_whole
+
+
 def test_a_path_that_fits_earlier_is_the_same_point() -> None:
     over = space(repeats=2)
     late = dict.fromkeys(switches(over), False) | {"layer_path[1].models[0].layers[1]": True}
@@ -148,7 +165,8 @@ def test_other_parameters_lie_outside_the_space() -> None:
         ({"repeat": 2}, {}, "did you mean 'repeats'"),
         ({"group": 3}, {}, "does not divide the 4 layers of a"),
         ({"length": {"low": 5, "high": 4}}, {}, "low must not lie above high"),
-        ({"length": {"low": 5, "high": 9}}, {}, "the path has 4 layers"),
+        ({"length": {"low": 9, "high": 12}}, {}, "up to 8; change length, group or repeats"),
+        ({"length": {"low": 3, "high": 3}, "group": 2}, {}, "a multiple of layer_path.group"),
         ({"scale": {"low": 2, "high": 1}}, {}, "low must lie below high"),
         ({"scale": {"choices": ["x", "y"]}}, {}, "layer_path.scale.choices is"),
         ({"scale": {"choices": [None, 1.0]}}, {}, "each choice must be a finite number"),
