@@ -105,7 +105,13 @@ def _all_free(weights: Sequence[Any], kind: str) -> Iterator[Variable]:
 def _filters(setting: Any) -> list[str]:
     """List the filters of a setting; "*" for what has none."""
     entries = setting if isinstance(setting, list) else [setting]
-    return [e.get("filter") or "*" if isinstance(e, Mapping) else "*" for e in entries]
+    return [_filter(entry) if isinstance(entry, Mapping) else "*" for entry in entries]
+
+
+def _filter(entry: Mapping[str, Any]) -> str:
+    """Name the filter of an entry, by its variable where it is searched; "*" where it has none."""
+    given = entry.get("filter") or "*"
+    return given.variables[0].name if isinstance(given, Slot) else given
 
 
 def _for(setting: Any, kind: str) -> Any:
@@ -116,7 +122,7 @@ def _for(setting: Any, kind: str) -> Any:
     for entry in entries:
         if not isinstance(entry, Mapping):
             return entry
-        if entry.get("filter") in (None, "*", kind):
+        if _filter(entry) in ("*", kind):
             return entry["value"]
     return None
 

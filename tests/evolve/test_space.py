@@ -331,6 +331,9 @@ def test_where_a_scale_cancels_is_said() -> None:
     mlp, others = Space({**template, "models": models}).notes
     assert "same model on tensors of 'mlp'; fix one of them, such as models[0].weight[mlp]" in mlp
     assert "same model on tensors without a filter of their own; fix one of them" in others
+    by_filter[0]["filter"] = {"choices": ["mlp", "attn"]}
+    searched, _ = Space({**template, "models": models}).notes
+    assert "same model on tensors of 'models[0].weight[0].filter'; fix one of them" in searched
 
 
 def test_a_fixed_weight_holds_the_scale_and_a_fixed_zero_does_not() -> None:
