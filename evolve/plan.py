@@ -16,6 +16,7 @@ from evolve.errors import SearchFileError
 from evolve.genome import GenomeSpace
 from evolve.known import known_recipes, own_recipes
 from evolve.memory import merged_bytes
+from evolve.mergekit_file import SIGMA0
 from evolve.objectives import Objectives, constraint_faults
 from evolve.racing import Race
 from evolve.samplers.auto import resolve_sampler, sampler_faults
@@ -41,6 +42,8 @@ from merge_core.reference import result_in
 # Finalists, where candidates are not raced: a twentieth of them, and no fewer than three.
 _SHARE_OF_FINALISTS = 0.05
 FEWEST_FINALISTS = 3
+# Of `search:`, what cma alone reads.
+_CMA_SETTINGS = ("sigma0", "population_size")
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Plan:
         settings = self.search_file.as_dict()
         files = self.tasks.files() | (self.report_only.files() if self.report_only else {})
         models = (*self.references(), *(r for tasks in self._sets() for r in tasks.references()))
-        cma = {key: settings["search"][key] for key in ("sigma0", "population_size")}
+        cma = {key: settings["search"][key] for key in _CMA_SETTINGS}
         return {
             "recipe": self.search_file.template,
             "tasks": settings["tasks"],
@@ -280,6 +283,7 @@ def make_plan(
     tasks, *reported = sets
     planned = plan_merge(start, sources)
     notes = [
+        *_unread_settings(search_file),
         *space.notes,
         *dict.fromkeys(note for each in sets for note in each.notes),
         *planned.warnings,
@@ -337,6 +341,19 @@ def _resolved(
     )
     polish = resolve_polish(settings, space)
     return search_file.changed(search={"sampler": sampler, "polish": polish}), why
+
+
+def _unread_settings(search_file: SearchFile) -> list[str]:
+    """List the settings of cma that were given and that the sampler does not read."""
+    sampler = search_file.search.sampler
+    given = {key: getattr(search_file.search, key) for key in _CMA_SETTINGS}
+    if search_file.is_mergekit and given["sigma0"] == SIGMA0:  # such a file's default
+        del given["sigma0"]
+    return [
+        f"search.{key} is {value:g}, which only cma reads, and the sampler is {sampler}; remove it"
+        for key, value in given.items()
+        if value is not None and sampler != "cma"
+    ]
 
 
 def _base_on_disk(recipe: Recipe) -> str | None:

@@ -181,6 +181,18 @@ def test_a_negative_weight_asks_for_less() -> None:
     assert "tasks[0].weight is -2" in note
 
 
+def test_settings_of_cma_that_another_sampler_does_not_read_are_noted() -> None:
+    def noted(file: SearchFile, **search: Any) -> list[str]:
+        notes = make_plan(file.changed(search=search)).notes
+        return [note.partition(" is ")[0] for note in notes if "which only cma reads" in note]
+
+    own = SearchFile.load(ROOT / "configs/quickstart.yml")
+    both = {"sigma0": 0.25, "population_size": 8}
+    assert noted(own, sampler="cma", **both) == []
+    assert noted(own, sampler="nsga2", **both) == ["search.sigma0", "search.population_size"]
+    assert noted(example(), sampler="random") == []  # such a file's sigma0 has a default
+
+
 def test_slerp_scores_every_model_alone(tmp_path: Path) -> None:
     data = example(3, limit=4, holdout=4).as_dict()
     models = data["genome"]["models"]
