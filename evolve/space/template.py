@@ -10,6 +10,7 @@ from typing import Any
 from evolve.errors import SearchFileError
 from evolve.space.compile import MODEL_KEYS, Compiler
 from evolve.space.foldings import foldings
+from evolve.space.ranges import is_range
 from evolve.space.search_space import SearchSpace
 from evolve.space.tree import Maybe, Misfit, Slot, differences, fill, read, skeleton, slots
 from evolve.space.variable import Value, Variable, holds
@@ -50,10 +51,14 @@ class Space(SearchSpace):
         self.variables = compiler.variables
         faults += compiler.faults
         if not self.variables and not faults:
-            faults.append(
+            faults += [
+                f"{place} is a range, and no value that can be searched; write the range where a number "
+                f"stands, such as weight: {{low: 0.0, high: 1.0}}"
+                for place in _ranges(template)
+            ] or [
                 "no ranges: no value of the recipe is a range, so there is nothing to search; write "
                 "{low: 0.0, high: 1.0} where a number stands, or use `evolve merge`"
-            )
+            ]
         self._corners: list[dict[str, Value]] = []
         if not faults:
             faults = self._recipe_faults()
@@ -216,6 +221,18 @@ class Space(SearchSpace):
         except RecipeError:
             return False
         return True
+
+
+def _ranges(node: Any, at: str = "") -> Iterator[str]:
+    """Walk the places of a template where ranges stand."""
+    if is_range(node):
+        yield at
+    elif isinstance(node, Mapping):
+        for key, part in node.items():
+            yield from _ranges(part, f"{at}.{key}" if at else str(key))
+    elif isinstance(node, list):
+        for i, part in enumerate(node):
+            yield from _ranges(part, f"{at}[{i}]")
 
 
 def _has_many_points(tree: Any) -> bool:

@@ -305,6 +305,21 @@ def test_a_number_in_a_recipe_lies_in_a_space_of_gradients() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"models": [dict(WEIGHT), {"model": "one"}]}, "models[0]"),
+        ({"models": [{"model": "one", "parameters": dict(WEIGHT)}]}, "models[0].parameters"),
+        ({"models": [{"model": "one"}], "parameters": dict(WEIGHT)}, "parameters"),
+    ],
+)
+def test_a_range_where_none_can_stand_is_told(changes: dict[str, Any], place: str) -> None:
+    with pytest.raises(SearchFileError) as raised:
+        Space(two_models(**changes))
+    (fault,) = raised.value.faults
+    assert fault.startswith(f"{place} is a range, and no value")
+
+
+@pytest.mark.parametrize(
     ("changes", "fix"),
     [
         ({"merge_method": "linear"}, "one of them, such as models[0].weight"),
