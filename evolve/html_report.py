@@ -200,7 +200,7 @@ def _front(data: Mapping[str, Any], complete: Sequence[FrozenTrial]) -> str:
     tasks = list(dict.fromkeys(task for member in shown for task in member["scores"]))
     rows = [[str(member["number"]), *front_cells(member, tasks)] for member in shown]
     more = f"<p>and {len(members) - len(rows):,} more</p>" if len(members) > len(rows) else ""
-    if any(member["standard_errors"] for member in shown):
+    if any("standard_errors" in member for member in shown):
         more += f"<p>{ESTIMATED}</p>"
     return found + (_table(["trial", *tasks], rows) + more if members else "")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
@@ -52,14 +52,7 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
             "recipe": recipe.as_config() if recipe else None,
             **_reported_json(verdict if is_current else None),
         },
-        "pareto": [
-            {
-                "number": trial.number,
-                "scores": study.scores(trial),
-                "standard_errors": study.standard_errors(trial),
-            }
-            for trial in study.front()
-        ],
+        "pareto": [_member_json(study, trial) for trial in study.front()],
         "baselines": [
             {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
             | _reported_json(b)
@@ -77,6 +70,15 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         "violations": None if best is None else study.violations(best),
         "gpu_hours": study.note("gpu_hours") or 0.0,
         "ended": ended,
+    }
+
+
+def _member_json(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    errors = study.standard_errors(trial)
+    return {
+        "number": trial.number,
+        "scores": study.scores(trial),
+        **({"standard_errors": errors} if errors else {}),
     }
 
 
@@ -208,7 +210,7 @@ def _print_front(console: Console, data: dict[str, Any]) -> None:
             name = f"{member['number']}{' (knee, best.yml)' if is_best else ''}"
             table.add_row(name, *front_cells(member, tasks))
         console.print(table)
-        if any(member["standard_errors"] for member in members):
+        if any("standard_errors" in member for member in members):
             console.print(ESTIMATED, soft_wrap=True)
     volume = data["hypervolume"]
     so_far = volume["over_time"]
@@ -226,7 +228,7 @@ ESTIMATED = "~ estimated from a part of the documents, with its standard error"
 
 def front_cells(member: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
     """Spell what a member of the front scored on each task; nothing where it has no such score."""
-    scores, errors = member["scores"], member["standard_errors"]
+    scores, errors = member["scores"], member.get("standard_errors", {})
     return [
         f"~{scores[task]:.3f} (±{errors[task]:.3f})"
         if task in errors

@@ -96,7 +96,7 @@ def test_the_best_so_far_meets_the_constraints(tmp_path: Path) -> None:
 
 
 def test_a_front_of_several_signals_has_a_column_for_each() -> None:
-    exact = {"number": 1, "scores": {"a": 0.5, "b": 0.25}, "standard_errors": {}}
+    exact = {"number": 1, "scores": {"a": 0.5, "b": 0.25}}
     raced = {"number": 2, "scores": {"a:likelihood": 0.1, "b": 1.04}, "standard_errors": {"b": 0.125}}
     tasks = ["a", "b", "a:likelihood"]
     assert front_cells(exact, tasks) == ["0.500", "0.250", ""]
