@@ -65,7 +65,7 @@ def spread(values: np.ndarray, violations: Sequence[float], n: int) -> list[int]
     order: list[int] = []
     left = np.arange(len(values))
     total = np.asarray(violations)
-    while len(order) < n and (members := front(values[left], total[left])):
+    while len(order) < n and (members := front(values[left], total[left].tolist())):
         order += [int(left[members[i]]) for i in _spread_front(values[left[members]])]
         left = np.delete(left, members)
     return [*order, *sorted(left.tolist(), key=lambda i: (violations[i], i))][:n]

@@ -306,7 +306,7 @@ class _Aggregated:
         return np.array([self._score(row) for row in counts[:, self.at].astype(int)])
 
     def _score(self, counts: np.ndarray) -> list[float]:
-        drawn = np.repeat(np.arange(len(counts)), counts)
+        drawn: list[int] = np.repeat(np.arange(len(counts)), counts).tolist()
         try:
             return [self.task.score([side[i] for i in drawn]) for side in self.sides]
         except TrialTaskError:
