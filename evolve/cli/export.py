@@ -45,6 +45,7 @@ def export(
             study.note("notices") or (),
             study.note("metrics"),
             study.is_scored_as_adapter(member),
+            study.standard_errors(member),
         )
         texts[f"trial-{member.number}.yml"] = export_yaml(recipe, head)
     whole = "---\n".join(texts.values())

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from evolve.cli import app
 from evolve.errors import SearchFileError
 from evolve.evaluation import EvalOptions, evaluate_models
 from evolve.loop import StudyResult, run
@@ -220,6 +222,16 @@ def test_estimates_have_standard_errors(finished: StudyResult) -> None:
         errors = trial.user_attrs["standard_errors"]
         assert errors.keys() == trial.user_attrs["scores"].keys()
         assert all(0 < error < 0.5 for error in errors.values())
+
+
+def test_an_exported_trial_says_which_scores_are_estimates(finished: StudyResult) -> None:
+    study = finished.study
+    number = next(t.number for t in study.trials() if t.number not in study.finalists())
+    for trial, is_estimated in ((number, True), (next(iter(study.finalists())), False)):
+        told = CliRunner().invoke(app, ["export", str(study.folder), "--trial", str(trial)])
+        scores = [line for line in told.stdout.splitlines() if line.startswith("# search ")]
+        assert scores
+        assert {"estimated from a part of the documents" in line for line in scores} == {is_estimated}
 
 
 def test_the_winner_ships_as_scored(finished: StudyResult) -> None:
