@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evolve.report import ESTIMATED, front_cells
+from evolve.report import ESTIMATED, score_cells
 from evolve.space import SearchSpace
 from evolve.study import Study, is_violating
 
@@ -106,10 +106,18 @@ def _scores(data: Mapping[str, Any]) -> str:
         tasks = list(dict.fromkeys(task for row in having for task in row[key]))
         if not tasks:
             continue
-        cells = [[row["name"], *(_cell(row[key].get(task)) for task in tasks)] for row in having]
+        cells = [
+            [
+                row["name"],
+                *(score_cells(row, tasks) if key == "scores" else _interval_cells(row[key], tasks)),
+            ]
+            for row in having
+        ]
         found += (
             f"<h2>{title}</h2>\n{_table(['model', *tasks], cells, is_best=lambda row: row[0] == name)}"
         )
+        if key == "scores" and "standard_errors" in best:
+            found += f"<p>{ESTIMATED}</p>\n"
     for violated, amount in (data["violations"] or {}).items():
         met = "met" if amount <= 0 else f"not met, by {amount:.4f}"
         found += f"<p>constraint {escape(violated)}: {met}</p>\n"
@@ -198,7 +206,7 @@ def _front(data: Mapping[str, Any], complete: Sequence[FrozenTrial]) -> str:
     )
     shown = members[:_MOST_MEMBERS]
     tasks = list(dict.fromkeys(task for member in shown for task in member["scores"]))
-    rows = [[str(member["number"]), *front_cells(member, tasks)] for member in shown]
+    rows = [[str(member["number"]), *score_cells(member, tasks)] for member in shown]
     more = f"<p>and {len(members) - len(rows):,} more</p>" if len(members) > len(rows) else ""
     if any("standard_errors" in member for member in shown):
         more += f"<p>{ESTIMATED}</p>"
@@ -304,12 +312,11 @@ def _thinned(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [trials[i] for i in np.linspace(0, len(trials) - 1, _MOST_POINTS).round().astype(int)]
 
 
-def _cell(score: float | Mapping[str, float] | None) -> str:
-    if score is None:
-        return ""
-    if not isinstance(score, Mapping):
-        return f"{score:.4f}"
-    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+def _interval_cells(intervals: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> list[str]:
+    return [
+        "{value:.3f} [{low:.3f}, {high:.3f}]".format(**intervals[task]) if task in intervals else ""
+        for task in tasks
+    ]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], is_best: Any = lambda row: False) -> str:

@@ -47,12 +47,12 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
         else {
             "number": best.number,
             "objective": study.objective(best),
-            "scores": study.scores(best),
+            **_scores_json(study, best),
             "holdout": _intervals_json(verdict.holdout) if verdict and is_current else {},
             "recipe": recipe.as_config() if recipe else None,
             **_reported_json(verdict if is_current else None),
         },
-        "pareto": [_member_json(study, trial) for trial in study.front()],
+        "pareto": [{"number": trial.number, **_scores_json(study, trial)} for trial in study.front()],
         "baselines": [
             {"name": b.name, "scores": b.scores, "holdout": _intervals_json(b.holdout)}
             | _reported_json(b)
@@ -73,13 +73,10 @@ def study_json(study: Study, recipe: Recipe | None, verdict: Verdict | None) -> 
     }
 
 
-def _member_json(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+def _scores_json(study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    """Return a trial's scores, with the standard errors of those that are estimates, if any."""
     errors = study.standard_errors(trial)
-    return {
-        "number": trial.number,
-        "scores": study.scores(trial),
-        **({"standard_errors": errors} if errors else {}),
-    }
+    return {"scores": study.scores(trial), **({"standard_errors": errors} if errors else {})}
 
 
 def _without_best(has_failures: bool, ended: str | None) -> str:
@@ -155,11 +152,16 @@ def print_result(data: dict[str, Any], folder: str) -> None:
         table.add_column(f"{task}, only reported", justify="right")
     rows = [*data["baselines"], {**best, "name": f"best (trial {best['number']})"}]
     for row in rows:
-        scores, others = row["holdout" if best["holdout"] else "scores"], row.get("report_only", {})
-        cells = [_cell(scores[task]) if task in scores else "" for task in tasks]
+        held, others = row["holdout"], row.get("report_only", {})
+        if best["holdout"]:
+            cells = [_cell(held[task]) if task in held else "" for task in tasks]
+        else:
+            cells = score_cells(row, tasks)
         cells += [_cell(others[task]) if task in others else "" for task in reported]
         table.add_row(row["name"], *cells)
     console.print(table)
+    if not best["holdout"] and "standard_errors" in best:
+        console.print(ESTIMATED, soft_wrap=True)
     if data["hypervolume"]:
         _print_front(console, data)
     states = data["states"]
@@ -208,7 +210,7 @@ def _print_front(console: Console, data: dict[str, Any]) -> None:
         for member in members:
             is_best = member["number"] == data["best"]["number"]
             name = f"{member['number']}{' (knee, best.yml)' if is_best else ''}"
-            table.add_row(name, *front_cells(member, tasks))
+            table.add_row(name, *score_cells(member, tasks))
         console.print(table)
         if any("standard_errors" in member for member in members):
             console.print(ESTIMATED, soft_wrap=True)
@@ -226,9 +228,10 @@ def _print_front(console: Console, data: dict[str, Any]) -> None:
 ESTIMATED = "~ estimated from a part of the documents, with its standard error"
 
 
-def front_cells(member: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
-    """Spell what a member of the front scored on each task; nothing where it has no such score."""
-    scores, errors = member["scores"], member.get("standard_errors", {})
+def score_cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
+    """Spell what a candidate or baseline scored on each task's search documents, and what of it is
+    estimated; nothing where it has no such score."""
+    scores, errors = row["scores"], row.get("standard_errors", {})
     return [
         f"~{scores[task]:.3f} (±{errors[task]:.3f})"
         if task in errors

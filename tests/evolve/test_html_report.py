@@ -9,13 +9,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
 from evolve.html_report import _over_time, html_report
-from evolve.report import front_cells, study_json
+from evolve.report import ESTIMATED, print_result, score_cells, study_json
 from evolve.study import Study
 
 from .recorded import recorded
@@ -99,8 +100,8 @@ def test_a_front_of_several_signals_has_a_column_for_each() -> None:
     exact = {"number": 1, "scores": {"a": 0.5, "b": 0.25}}
     raced = {"number": 2, "scores": {"a:likelihood": 0.1, "b": 1.04}, "standard_errors": {"b": 0.125}}
     tasks = ["a", "b", "a:likelihood"]
-    assert front_cells(exact, tasks) == ["0.500", "0.250", ""]
-    assert front_cells(raced, tasks) == ["", "~1.040 (±0.125)", "0.100"]
+    assert score_cells(exact, tasks) == ["0.500", "0.250", ""]
+    assert score_cells(raced, tasks) == ["", "~1.040 (±0.125)", "0.100"]
 
 
 def test_what_is_only_reported_has_a_table(tmp_path: Path) -> None:
@@ -110,6 +111,23 @@ def test_what_is_only_reported_has_a_table(tmp_path: Path) -> None:
     page = html_report(study, study.search_file().space(lambda model: 2), data)
     assert "On the tasks that are only reported" in page
     assert "0.500 [0.250, 0.750]" in page
+
+
+def test_a_best_that_is_estimated_is_shown_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So it is where a raced search is stopped before its finals."""
+    study, _ = reported(tmp_path / "s", "a_task", "it broke")
+    best = study.best()
+    assert best is not None
+    errors = dict.fromkeys(study.scores(best), 0.125)
+    with patch.object(Study, "standard_errors", lambda _, trial: errors if trial == best else {}):
+        data = study_json(study, None, None)
+    assert data["best"]["standard_errors"] == errors
+    page = html_report(study, study.search_file().space(lambda model: 2), data)
+    print_result(data, "s")
+    cell = f"~{study.scores(best)['a_task']:.3f} (±0.125)"
+    for text in (page, capsys.readouterr().out):
+        assert cell in text
+        assert text.count(ESTIMATED) == 1
 
 
 def test_a_report_needs_no_other_file(tmp_path: Path) -> None:
