@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from evolve.errors import SearchFileError
@@ -204,7 +205,8 @@ class TaskSet:
         return self._following[signal]
 
     def shared_faults(self, searched: TaskSet) -> list[str]:
-        """List the entries that ask a task which candidates are searched on, as it is or in a group.
+        """List the entries that ask what candidates are searched on: a task, as it is or in a group, or
+        a text, whatever is measured on it.
 
         Args:
             searched: the entries of `tasks:`; this set's own are those of another section.
@@ -218,6 +220,14 @@ class TaskSet:
                         f"report_only[{i}].name is {spec.name!r}, which asks {shared[0]}{more} like "
                         f"tasks[{j}].name {other.name!r}; what is searched on is not unseen, remove one "
                         f"of them"
+                    )
+        for i, spec in enumerate(self._specs):
+            for j, other in enumerate(searched._specs):
+                if spec.text and other.text and Path(spec.text).resolve() == Path(other.text).resolve():
+                    faults.append(
+                        f"report_only[{i}].text is {spec.text!r}, which tasks[{j}].name {other.name!r} "
+                        f"is scored on; what is searched on is not unseen, name another text or remove "
+                        f"one of them"
                     )
         return faults
 

@@ -176,6 +176,17 @@ def test_a_reported_entry_is_told_apart_from_a_searched_one_of_its_name(tmp_path
     assert [task.key for task in reported.tasks] == [f"perplexity:byte_perplexity,none:{other}"]
 
 
+def test_a_searched_text_cannot_be_only_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same text by whatever measure, and however its path is written."""
+    monkeypatch.chdir(ROOT)
+    searched = [TaskSpec(name="kl_divergence", text=TEXT, reference="a")]
+    file = str(Path(TEXT).relative_to(ROOT))
+    specs = [TaskSpec(name="perplexity", text=file)]
+    reported = report_set(specs, ScoringSettings(), 0, searched=searched)
+    (fault,) = reported.shared_faults(TaskSet(searched, ScoringSettings(), 0))
+    assert fault.startswith(f"report_only[0].text is {file!r}, which tasks[0].name 'kl_divergence' is")
+
+
 # ---- tokens and seconds ---------------------------------------------------------------------------
 
 
